@@ -1,0 +1,75 @@
+# Every command of the README is a target here. `make help` lists them.
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+# --- set-up ---------------------------------------------------------------------------------------------------------
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@scripts/check_prerequisites.sh "$(PYTHON)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch, then the pinned packages (about two minutes, 2 GB below $(VENV))"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0 setuptools wheel
+	@DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]"
+	@touch $@
+
+setup: $(STAMP) ## make .venv with pinned versions (other targets do it by themselves)
+
+# --- the two commands -------------------------------------------------------------------------------------------------
+
+sweep: $(STAMP) ## the default sweep: about 20 minutes on two cores, ends with the allocation curve (ARGS="sweep.seeds=[0,1,2]")
+	@$(BIN)/python -m sweeps.run sweep=default action=run $(ARGS)
+
+test: $(STAMP) ## lint, types and the fast tests
+	@$(MAKE) --no-print-directory check
+	@$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(ARGS)
+
+# --- more ---------------------------------------------------------------------------------------------------------------
+
+sweep-plan: $(STAMP) ## print every trial of the default sweep without training (ARGS="sweep=long")
+	@$(BIN)/python -m sweeps.run sweep=default action=plan $(ARGS)
+
+sweep-long: $(STAMP) ## about 2 hours: four seeds, every control, learning rates x0.5 and x2
+	@$(BIN)/python -m sweeps.run sweep=long action=run $(ARGS)
+
+smoke: $(STAMP) ## the whole path in about 2 minutes; claims nothing
+	@$(BIN)/python -m sweeps.run sweep=smoke data=tiny action=run $(ARGS)
+
+report: $(STAMP) ## rebuild a sweep's report (SWEEP=runs/default)
+	@$(BIN)/python -m sweeps.report $(or $(SWEEP),runs/default)
+
+prepare: $(STAMP) ## tokenise the corpus (ARGS="data=datasets data.data_files=[my.jsonl]")
+	@$(BIN)/python -m scripts.prepare_data $(ARGS)
+
+train: $(STAMP) ## train one model (ARGS="model=tiny_engram train.max_steps=200 run_dir=runs/mine")
+	@$(BIN)/python -m train.pretrain $(ARGS)
+
+generate: $(STAMP) ## continue a text with a trained model (RUN=runs/mine PROMPT="def main(")
+	@$(BIN)/python -m train.generate "$(RUN)" "$(PROMPT)" $(ARGS)
+
+bench: $(STAMP) ## training step against Hugging Face and against table size; tables in benchmarks/results
+	@$(BIN)/python -m scripts.bench_train $(ARGS)
+
+calibrate: $(STAMP) ## simulate the fit: coverage, false-U rate and power
+	@$(BIN)/python -m scripts.calibrate_fit $(ARGS)
+
+check: $(STAMP) ## lint, format and types
+	@$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check . && $(BIN)/mypy
+
+format: $(STAMP) ## format in place
+	@$(BIN)/ruff check -q --fix . ; $(BIN)/ruff format -q .
+
+test-slow: $(STAMP) ## the slower tests
+	@$(BIN)/python -m pytest -n 2 -m "slow and not gpu" $(ARGS)
+
+clean: ## remove caches (not data/, not runs/)
+	@rm -rf .mypy_cache .ruff_cache .pytest_cache build *.egg-info; find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.PHONY: help setup sweep test sweep-plan sweep-long smoke report prepare train generate bench calibrate check format test-slow clean

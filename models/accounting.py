@@ -1,0 +1,221 @@
+"""Parameters, FLOPs and bytes of a model in closed form, from its configuration alone."""
+
+from dataclasses import asdict, dataclass
+from enum import Enum
+
+from models.ngram_hash import num_rows
+from models.transformer import TransformerConfig
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of trainable parameters.
+
+    `total`, `active` and `inactive` follow the Engram paper (arXiv 2601.07372, 3.1): the vocabulary embedding and the
+    head are left out, and the tables are counted with the model. Active are the parameters one token uses: all but the
+    experts it was not sent to and the rows it did not read. total = active + inactive.
+    """
+
+    total: int
+    active: int
+    memory: int  # all rows of all tables
+    inactive_memory: int  # rows that a token does not read
+    embedding: int  # embedding and head; outside `total`
+    experts: int  # all routed experts of all layers
+    inactive_experts: int  # routed experts that a token is not sent to
+
+    @property
+    def inactive(self) -> int:
+        """P_sparse = P_tot - P_act."""
+        return self.total - self.active
+
+    @property
+    def rho(self) -> float:
+        """Share of the inactive parameters that are experts (eq 7); 1.0 where no memory is inactive."""
+        return self.inactive_experts / self.inactive if self.inactive_memory else 1.0
+
+    @property
+    def trained_by_engine(self) -> int:
+        """Parameters of the torch module: everything but the tables, embedding and head included."""
+        return self.total - self.memory + self.embedding
+
+    def to_dict(self) -> dict[str, float]:
+        """All counts by name, for records."""
+        return {**asdict(self), "inactive": self.inactive, "rho": self.rho}
+
+
+def _swiglu(d_model: int, width: int) -> int:
+    """Weights of gate, up and down projection; a token's matmul FLOPs are twice this."""
+    return 3 * d_model * width
+
+
+def _attention_weights(cfg: TransformerConfig) -> int:
+    attention = cfg.attention
+    return cfg.d_model * attention.head_dim * (2 * attention.num_heads + 2 * attention.num_kv_heads)
+
+
+def _shared_widths(cfg: TransformerConfig) -> int:
+    """Width of the shared experts of all MoE layers together."""
+    return 0 if cfg.moe is None else sum(cfg.moe.shared_width(index) for index in range(cfg.num_moe_layers))
+
+
+def _engram_module_parameters(cfg: TransformerConfig, num_branches: int = 1) -> int:
+    """Projections, norms and taps of one Engram module."""
+    engram, d_model = cfg.engram, cfg.d_model
+    if engram is None:
+        return 0
+    projections = (engram.d_memory + engram.use_bias) * d_model * (1 + num_branches)
+    norms = 3 * num_branches * d_model  # of the hidden state, of the key, before the convolution
+    return projections + norms + engram.kernel_size * num_branches * d_model
+
+
+def count_parameters(cfg: TransformerConfig) -> ParameterCounts:
+    """Closed-form parameter counts; equal to the module's and the tables' numel exactly."""
+    norms = 2 * cfg.d_model * cfg.num_layers + cfg.d_model
+    if cfg.attention.qk_norm:
+        norms += 2 * cfg.attention.head_dim * cfg.num_layers
+    backbone = norms + cfg.num_layers * _attention_weights(cfg)
+    backbone += (cfg.num_layers - cfg.num_moe_layers) * _swiglu(cfg.d_model, cfg.d_ff)
+    experts = inactive_experts = 0
+    if cfg.moe is not None:
+        backbone += cfg.num_moe_layers * cfg.d_model * cfg.moe.num_experts  # routers
+        backbone += _swiglu(cfg.d_model, _shared_widths(cfg))
+        one_expert = cfg.num_moe_layers * _swiglu(cfg.d_model, cfg.moe.d_expert)  # over all layers
+        experts = cfg.moe.num_experts * one_expert
+        inactive_experts = (cfg.moe.num_experts - cfg.moe.router.top_k) * one_expert
+    memory = read_rows = 0
+    if cfg.engram is not None:
+        backbone += len(cfg.engram.layers) * _engram_module_parameters(cfg)
+        memory = sum(num_rows(cfg.engram).values()) * cfg.engram.row_dim
+        read_rows = len(cfg.engram.layers) * cfg.engram.d_memory
+    total = backbone + experts + memory
+    return ParameterCounts(
+        total=total,
+        active=total - inactive_experts - (memory - read_rows),
+        memory=memory,
+        inactive_memory=memory - read_rows,
+        embedding=cfg.vocab_size * cfg.d_model * (1 if cfg.tie_embeddings else 2),
+        experts=experts,
+        inactive_experts=inactive_experts,
+    )
+
+
+@dataclass(frozen=True)
+class FlopCounts:
+    """Matmul FLOPs of one token's forward pass, 2 per multiply-add, by part.
+
+    Norms, activations, rotations, softmax, hashing and row look-ups are left out, as in torch's FlopCounterMode.
+    Attention counts all S^2 pairs, also those that the causal mask removes. Training costs three forward passes.
+    """
+
+    attention_projections: int
+    attention_scores: int  # q k^T and probabilities times v
+    feed_forward: int  # dense layers
+    router: int
+    routed_experts: int  # the K chosen ones
+    shared_experts: int
+    engram: int  # projections and short convolution
+    head: int
+
+    @property
+    def with_head(self) -> int:
+        """One token's forward pass with the head."""
+        return self.without_head + self.head
+
+    @property
+    def without_head(self) -> int:
+        """One token's forward pass up to the last norm."""
+        return (
+            self.attention_projections
+            + self.attention_scores
+            + self.feed_forward
+            + self.router
+            + self.routed_experts
+            + self.shared_experts
+            + self.engram
+        )
+
+    @property
+    def training(self) -> int:
+        """Forward and backward pass with the head, without recomputation."""
+        return 3 * self.with_head
+
+    def to_dict(self) -> dict[str, int]:
+        """All parts and sums by name, for records."""
+        return {**asdict(self), "with_head": self.with_head, "without_head": self.without_head}
+
+
+def flops_per_token(cfg: TransformerConfig) -> FlopCounts:
+    """Closed-form FLOPs of one token in a sequence of `cfg.seq_len`."""
+    attention, d_model = cfg.attention, cfg.d_model
+    router = routed = engram_flops = 0
+    if cfg.moe is not None:
+        router = 2 * cfg.num_moe_layers * d_model * cfg.moe.num_experts
+        routed = 2 * cfg.num_moe_layers * cfg.moe.router.top_k * _swiglu(d_model, cfg.moe.d_expert)
+    if cfg.engram is not None:
+        per_layer = 2 * cfg.engram.d_memory * 2 * d_model + 2 * cfg.engram.kernel_size * d_model
+        engram_flops = len(cfg.engram.layers) * per_layer
+    return FlopCounts(
+        attention_projections=2 * cfg.num_layers * _attention_weights(cfg),
+        attention_scores=2 * 2 * cfg.num_layers * cfg.seq_len * attention.num_heads * attention.head_dim,
+        feed_forward=2 * (cfg.num_layers - cfg.num_moe_layers) * _swiglu(d_model, cfg.d_ff),
+        router=router,
+        routed_experts=routed,
+        shared_experts=2 * _swiglu(d_model, _shared_widths(cfg)),
+        engram=engram_flops,
+        head=2 * d_model * cfg.vocab_size,
+    )
+
+
+class ParameterRole(str, Enum):
+    """Which optimizer holds a parameter's state."""
+
+    adamw = "adamw"  # embeddings, head, norms; every parameter where AdamW is the only optimizer
+    muon = "muon"  # weight matrices under Muon
+    memory = "memory"  # rows of the tables
+
+
+@dataclass(frozen=True)
+class BytesPerParameter:
+    """Bytes held between steps (weights, optimizer) and during one (gradients) for one parameter."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """All three."""
+        return self.weights + self.gradients + self.optimizer
+
+
+# fp32 weights and gradients: 4 bytes each. bf16: a 2-byte copy computes, gradients are 2 bytes, and the 4-byte master
+# weight counts as optimizer state (Rajbhandari et al. 2020, arXiv 1910.02054, 3.1). AdamW keeps two fp32 moments,
+# Muon one fp32 momentum.
+_MOMENTS = {ParameterRole.adamw: 2, ParameterRole.muon: 1}
+
+
+def bytes_per_parameter(role: ParameterRole, bf16_weights: bool = False, row_dim: int = 1) -> BytesPerParameter:
+    """Bytes of one parameter on one process, nothing sharded.
+
+    Args:
+        role: optimizer that holds it.
+        bf16_weights: weights stored in bf16 beside an fp32 master copy; False for fp32 weights, also where autocast
+            computes in bf16. Tables are always fp32.
+        row_dim: M, width of a table row; each row has one int32 step count.
+
+    Returns:
+        The table below, in bytes; a table's gradient exists only for the rows drawn in a step and is not counted.
+
+        | role   | weights | weights bf16 | gradients | bf16 | optimizer | bf16 |
+        |--------|---------|--------------|-----------|------|-----------|------|
+        | adamw  | 4       | 2            | 4         | 2    | 8         | 12   |
+        | muon   | 4       | 2            | 4         | 2    | 4         | 8    |
+        | memory | 4       | 4            | 0         | 0    | 8 + 4 / M | same |
+    """
+    if role is ParameterRole.memory:
+        return BytesPerParameter(weights=4, gradients=0, optimizer=8 + 4 / row_dim)
+    moments = 4 * _MOMENTS[role]
+    if bf16_weights:
+        return BytesPerParameter(weights=2, gradients=2, optimizer=4 + moments)
+    return BytesPerParameter(weights=4, gradients=4, optimizer=moments)

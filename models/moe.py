@@ -1,0 +1,222 @@
+"""DeepSeekMoE layer: shared expert plus top-k routed experts (arXiv 2401.06066)."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.expert_kernels import check_grouped_mm_widths, swiglu_grouped_mm, swiglu_loop, swiglu_padded
+from models.feed_forward import SwiGLU
+from models.router import Router, RouterConfig
+
+
+class ExpertKernel(str, Enum):
+    """How the routed experts are multiplied; all give the same function, at different speed."""
+
+    loop = "loop"  # one matmul per expert: the definition
+    padded = "padded"  # one batched matmul, every group padded to the fullest expert
+    grouped_mm = "grouped_mm"  # torch.nn.functional.grouped_mm
+
+
+@dataclass
+class MoEConfig:
+    """Shape of the mixture-of-experts layers."""
+
+    num_experts: int = 64  # routed experts per layer (N_r)
+    d_expert: int = 64  # width of one routed expert
+    num_shared_experts: int = 2  # the shared expert is one SwiGLU of width num_shared_experts * d_expert
+    shared_widths: list[int] | None = None  # its width per MoE layer instead (first MoE layer first); 0 = none
+    expert_kernel: ExpertKernel = ExpertKernel.padded
+    router: RouterConfig = field(default_factory=RouterConfig)
+
+    def __post_init__(self) -> None:
+        if self.d_expert < 1:
+            raise ValueError(f"moe.d_expert={self.d_expert} must be at least 1; nearest: 1")
+        if self.num_experts < self.router.top_k:
+            raise ValueError(
+                f"moe.num_experts={self.num_experts} must be at least moe.router.top_k={self.router.top_k}; "
+                f"nearest: {self.router.top_k}"
+            )
+        if self.num_shared_experts < 0:
+            raise ValueError(f"moe.num_shared_experts={self.num_shared_experts} must not be negative; nearest: 0")
+        if self.shared_widths is not None and any(width < 0 for width in self.shared_widths):
+            raise ValueError(
+                f"moe.shared_widths={self.shared_widths} must hold no negative width; use 0 for no shared expert"
+            )
+
+    def shared_width(self, moe_layer: int) -> int:
+        """Width of the shared expert of the `moe_layer`-th MoE layer (0 = the first one); 0 means none."""
+        if self.shared_widths is None:
+            return self.num_shared_experts * self.d_expert
+        return self.shared_widths[moe_layer]
+
+
+class Dispatched(NamedTuple):
+    """Tokens laid out by expert, as `dispatch` returns them and `combine` takes them back.
+
+    Flat layout: `tokens` (T * K, D), expert 0's rows first. Padded layout: `tokens` (E, P, D), P the same for all
+    experts; rows beyond an expert's count repeat token 0 with weight 0, so that they change nothing.
+    """
+
+    tokens: Tensor
+    counts: Tensor  # (E,) int64, rows per expert without padding
+    weights: Tensor  # gate value of every row, (T * K, 1) or (E, P, 1), in the type of `tokens`
+    slots: Tensor  # (T, K) int64, the row (of the flattened layout) of each token's k-th expert
+    token_of_row: Tensor  # (rows,) int64, the token in each row
+
+
+class Dispatcher(Protocol):
+    """Brings tokens to their experts and the experts' weighted outputs back."""
+
+    def dispatch(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Dispatched:
+        """x (T, D), expert_ids (T, K) int64, weights (T, K) -> tokens grouped by expert, counts, and the way back."""
+        ...
+
+    def combine(self, outputs: Tensor, dispatched: Dispatched) -> Tensor:
+        """Sum of each token's K rows of `outputs`, which are already weighted: (T, D)."""
+        ...
+
+
+class _Gather(torch.autograd.Function):
+    """Token and gate value of every row. Each token fills exactly K rows, so its gradient is a sum of K gathered rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, slots: Tensor, token_of_row: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(slots)
+        ctx.weights_dtype = weights.dtype
+        row_weights = x.new_zeros(token_of_row.shape[0])
+        row_weights[slots.flatten()] = weights.flatten().to(x.dtype)
+        return x.index_select(0, token_of_row), row_weights
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (slots,) = ctx.saved_tensors
+        grad_tokens, grad_row_weights = grads
+        grad_x = F.embedding_bag(slots, grad_tokens.contiguous(), mode="sum")
+        return grad_x, grad_row_weights[slots].to(ctx.weights_dtype), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Sum of each token's K rows. The gradient of a row is its token's; in the padding the zero weight removes it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, slots: Tensor, token_of_row: Tensor) -> Tensor:
+        ctx.save_for_backward(token_of_row)
+        return F.embedding_bag(slots, rows, mode="sum")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (token_of_row,) = ctx.saved_tensors
+        return grads[0].index_select(0, token_of_row), None, None
+
+
+class LocalDispatcher:
+    """All experts on this process: a permutation, forward and backward made of gathers only.
+
+    Args:
+        num_experts: E.
+        padded: give every expert the same number of rows, P = the fullest expert's, rounded up to `ROW_MULTIPLE`.
+    """
+
+    # On CPU oneDNN builds a new bf16 kernel for every new number of rows; with a coarse grid they are soon all known.
+    ROW_MULTIPLE = 64
+
+    def __init__(self, num_experts: int, padded: bool):
+        self.num_experts = num_experts
+        self.padded = padded
+
+    def dispatch(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Dispatched:
+        """Copies every token once per chosen expert, in the order of the experts."""
+        num_tokens, top_k = expert_ids.shape
+        flat_ids = expert_ids.flatten()  # (T * K,)
+        counts = torch.bincount(flat_ids, minlength=self.num_experts)
+        sorted_ids, pair_of_row = flat_ids.sort(stable=True)
+        row = torch.arange(flat_ids.shape[0], device=x.device)
+        if self.padded:
+            length = -(-int(counts.max()) // self.ROW_MULTIPLE) * self.ROW_MULTIPLE  # P
+            first_row = counts.cumsum(0) - counts
+            row = row + (torch.arange(self.num_experts, device=x.device) * length - first_row)[sorted_ids]
+            token_of_row = row.new_zeros(self.num_experts * length)
+            token_of_row[row] = pair_of_row // top_k
+        else:
+            token_of_row = pair_of_row // top_k
+        slots = torch.empty_like(row)
+        slots[pair_of_row] = row
+        slots = slots.view(num_tokens, top_k)
+        tokens, row_weights = _Gather.apply(x, weights, slots, token_of_row)
+        if self.padded:
+            tokens = tokens.view(self.num_experts, -1, x.shape[1])  # (E, P, D)
+            row_weights = row_weights.view(self.num_experts, -1)
+        return Dispatched(tokens, counts, row_weights[..., None], slots, token_of_row)
+
+    def combine(self, outputs: Tensor, dispatched: Dispatched) -> Tensor:
+        """Sums the K rows of every token."""
+        return _Combine.apply(outputs.flatten(0, -2), dispatched.slots, dispatched.token_of_row)
+
+
+class Experts(nn.Module):
+    """E SwiGLU experts with stacked weights, applied to tokens grouped by expert."""
+
+    def __init__(self, num_experts: int, d_model: int, d_expert: int, kernel: ExpertKernel):
+        super().__init__()
+        if kernel is ExpertKernel.grouped_mm:
+            check_grouped_mm_widths(d_model, d_expert)
+        self.kernel = kernel
+        self.gate_up = nn.Parameter(torch.empty(num_experts, d_model, 2 * d_expert))  # (E, D, 2F), the gate first
+        self.down = nn.Parameter(torch.empty(num_experts, d_expert, d_model))  # (E, F, D)
+
+    def forward(self, dispatched: Dispatched) -> Tensor:
+        """Weighted outputs, w_r * down(silu(gate(x_r)) * up(x_r)), in the layout of `dispatched.tokens`."""
+        tokens, counts, weights = dispatched.tokens, dispatched.counts, dispatched.weights
+        gate_up, down = self.gate_up.to(tokens.dtype), self.down.to(tokens.dtype)
+        if tokens.dim() == 3:
+            return swiglu_padded(tokens, weights, gate_up, down)
+        if self.kernel is ExpertKernel.grouped_mm:
+            return swiglu_grouped_mm(tokens, weights, counts, gate_up, down)
+        return swiglu_loop(tokens, weights, counts, gate_up, down)
+
+
+class MoEOutput(NamedTuple):
+    """Result and statistics of one MoE layer; the scalars are those of `Routing`."""
+
+    update: Tensor  # (B, S, D)
+    counts: Tensor  # (E,) int64
+    balance_loss: Tensor
+    entropy: Tensor
+
+
+class MoE(nn.Module):
+    """shared(x) + sum over the chosen experts of gate_i * expert_i(x) (V3 eq 12); no token is dropped.
+
+    Args:
+        cfg: the layer's shape.
+        d_model: D.
+        shared_width: width of the shared expert; 0 = none.
+        dispatcher: how tokens reach the experts; by default all experts are local.
+    """
+
+    def __init__(self, cfg: MoEConfig, d_model: int, shared_width: int, dispatcher: Dispatcher | None = None):
+        super().__init__()
+        self.router = Router(cfg.router, d_model, cfg.num_experts)
+        self.experts = Experts(cfg.num_experts, d_model, cfg.d_expert, cfg.expert_kernel)
+        self.shared_expert = SwiGLU(d_model, shared_width) if shared_width else None
+        padded = cfg.expert_kernel is ExpertKernel.padded
+        self.dispatcher = dispatcher if dispatcher is not None else LocalDispatcher(cfg.num_experts, padded)
+
+    def forward(self, x: Tensor) -> MoEOutput:
+        """Args: x (B, S, D)."""
+        routing = self.router(x)
+        x = x.to(compute_dtype(x))
+        dispatched = self.dispatcher.dispatch(x.flatten(0, 1), routing.expert_ids, routing.weights)
+        routed = self.dispatcher.combine(self.experts(dispatched), dispatched).view_as(x)
+        update = routed if self.shared_expert is None else routed + self.shared_expert(x)
+        return MoEOutput(update, routing.counts, routing.balance_loss, routing.entropy)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type matmuls on `x` run in: autocast's where it is on, else that of `x`."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -1,0 +1,175 @@
+"""Token ids -> rows of the memory tables: compressed n-grams, multiplicative-XOR hashes, prime table sizes.
+
+Integers only, no parameters, outside the model's forward pass (arXiv 2601.07372, 2.2, and its demonstration code).
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.engram import EngramConfig
+
+INT64_MAX = 2**63 - 1
+# Distance between the seeds of neighbouring layers in the demonstration code.
+LAYER_SEED_STRIDE = 10_007
+
+
+@lru_cache(maxsize=100_000)
+def is_prime(n: int) -> bool:
+    """Whether n is prime; Miller-Rabin with the first twelve primes as bases, exact below 3.3e24."""
+    bases = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
+    if n < 2 or any(n % p == 0 for p in bases):
+        return n in bases
+    odd, twos = n - 1, 0
+    while odd % 2 == 0:
+        odd, twos = odd // 2, twos + 1
+    for base in bases:
+        x = pow(base, odd, n)
+        if x in (1, n - 1):
+            continue
+        if not any((x := x * x % n) == n - 1 for _ in range(twos - 1)):
+            return False
+    return True
+
+
+def prime_table_sizes(rows_per_order: list[int], num_heads: int, layers: list[int]) -> dict[int, list[list[int]]]:
+    """Rows of every table: for each head the next prime >= the wanted number that no other table has.
+
+    Distinct primes make the heads of one order, which share one hash, disagree about which n-grams collide.
+
+    Args:
+        rows_per_order: wanted rows per head, one entry per order (2-grams first).
+        num_heads: G.
+        layers: layers with a table, in the order in which they take their primes.
+
+    Returns:
+        {layer: [[rows per head] per order]}.
+    """
+    seen: set[int] = set()
+    sizes: dict[int, list[list[int]]] = {}
+    for layer in layers:
+        sizes[layer] = []
+        for wanted in rows_per_order:
+            heads: list[int] = []
+            candidate = wanted - 1
+            while len(heads) < num_heads:
+                candidate += 1
+                if is_prime(candidate) and candidate not in seen:
+                    seen.add(candidate)
+                    heads.append(candidate)
+            sizes[layer].append(heads)
+    return sizes
+
+
+def table_sizes(cfg: EngramConfig) -> dict[int, list[list[int]]]:
+    """Rows per head, per order and layer: {layer: [[G numbers] x N]}; with table_size = 1, every head has one row."""
+    if cfg.table_size == 1:
+        return {layer: [[1] * cfg.num_hash_heads for _ in range(cfg.num_orders)] for layer in cfg.layers}
+    return prime_table_sizes([cfg.table_size] * cfg.num_orders, cfg.num_hash_heads, cfg.layers)
+
+
+def num_rows(cfg: EngramConfig) -> dict[int, int]:
+    """Rows of each layer's table, all heads together: {layer: rows}."""
+    return {layer: sum(map(sum, sizes)) for layer, sizes in table_sizes(cfg).items()}
+
+
+def layer_multipliers(seed: int, layer: int, max_ngram_size: int, compressed_vocab_size: int) -> np.ndarray:
+    """Odd hash multipliers m_0..m_{max_ngram_size - 1} of one layer, int64; m_0 belongs to the current token.
+
+    m = 2 r + 1 with r uniform in [0, max(1, (INT64_MAX // V') // 2)), so that a product with a token id < V' stays
+    below 2^63.
+    """
+    half_bound = max(1, (INT64_MAX // compressed_vocab_size) // 2)
+    generator = np.random.default_rng(seed + LAYER_SEED_STRIDE * layer)
+    return generator.integers(0, half_bound, size=max_ngram_size, dtype=np.int64) * 2 + 1
+
+
+def ngram_row_ids(
+    compressed_ids: Tensor, document_ids: Tensor | None, multipliers: Tensor, sizes: list[list[int]], pad_id: int
+) -> Tensor:
+    """Row of every order and head: ( x_t m_0 XOR x_{t-1} m_1 XOR ... XOR x_{t-n+1} m_{n-1} ) mod prime + offset.
+
+    Products wrap around in int64. Tokens before the start of the document are replaced by `pad_id`. The heads' tables
+    lie one after the other in one table, orders outermost; the offset is the number of rows before the head's own.
+
+    Args:
+        compressed_ids: (B, S) int64, ids after tokenizer compression.
+        document_ids: (B, S), equal within a document, or None for one document per row.
+        multipliers: (>= N + 1,) int64.
+        sizes: rows per head, per order, as in `table_sizes`.
+        pad_id: compressed id that fills missing history.
+
+    Returns:
+        (B, S, R) int64, 0 <= id < total rows; R runs over orders, then heads.
+    """
+    primes = torch.tensor(sizes, dtype=torch.int64, device=compressed_ids.device)  # (N, G)
+    offsets = (primes.flatten().cumsum(0) - primes.flatten()).view_as(primes)
+    mix = compressed_ids * multipliers[0]  # (B, S)
+    row_ids = []
+    for order in range(primes.shape[0]):
+        distance = order + 1
+        history = torch.full_like(compressed_ids, pad_id)
+        history[:, distance:] = compressed_ids[:, :-distance]
+        if document_ids is not None:
+            same_document = document_ids[:, distance:] == document_ids[:, :-distance]
+            history[:, distance:].masked_fill_(~same_document, pad_id)
+        mix = mix ^ (history * multipliers[distance])
+        row_ids.append(mix[..., None] % primes[order] + offsets[order])  # (B, S, G)
+    return torch.cat(row_ids, dim=-1)  # (B, S, R)
+
+
+class NgramHasher:
+    """Maps a batch of token ids to the rows that each Engram layer reads.
+
+    Args:
+        cfg: orders, heads, table sizes, layers and seed.
+        compression_table: (V,) int64, token id -> compressed id (tokens of equal normalised text share one).
+        pad_id: *token* id whose compressed id fills the history before a document's start.
+        device: where the row ids are computed.
+    """
+
+    def __init__(
+        self,
+        cfg: EngramConfig,
+        compression_table: Tensor | np.ndarray,
+        pad_id: int,
+        device: torch.device | str | None = None,
+    ):
+        table = torch.as_tensor(compression_table, dtype=torch.int64, device=device)
+        if table.dim() != 1 or table.numel() == 0 or int(table.min()) < 0:
+            raise ValueError(
+                f"compression table of shape {tuple(table.shape)} must be one row of non-negative ids, one per token; "
+                "prepare the data again"
+            )
+        if not 0 <= pad_id < table.numel():
+            raise ValueError(f"pad_id={pad_id} must be a token id in 0..{table.numel() - 1} (the tokenizer's padding)")
+        self.compression_table = table
+        self.compressed_pad_id = int(table[pad_id])
+        self.table_sizes = table_sizes(cfg)
+        compressed_vocab_size = int(table.max()) + 1
+        self.multipliers = {
+            layer: torch.from_numpy(
+                layer_multipliers(cfg.hash_seed, layer, cfg.max_ngram_size, compressed_vocab_size)
+            ).to(table.device)
+            for layer in cfg.layers
+        }
+
+    def __call__(self, token_ids: Tensor, document_ids: Tensor | None = None) -> dict[int, Tensor]:
+        """Rows of every Engram layer.
+
+        Args:
+            token_ids: (B, S) int64.
+            document_ids: (B, S) int64, or None for one document per row.
+
+        Returns:
+            {layer: (B, S, R) int64} on the device of the compression table.
+        """
+        compressed = self.compression_table[token_ids.to(self.compression_table.device)]
+        if document_ids is not None:
+            document_ids = document_ids.to(compressed.device)
+        return {
+            layer: ngram_row_ids(compressed, document_ids, self.multipliers[layer], sizes, self.compressed_pad_id)
+            for layer, sizes in self.table_sizes.items()
+        }

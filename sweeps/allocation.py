@@ -1,0 +1,289 @@
+"""From a base shape and rho to the arm with the same budget: integer experts, prime tables, shared-expert widths.
+
+Definitions (Engram, arXiv 2601.07372, section 3.1 and eq. 7): P_total counts parameters without vocabulary embedding
+and head, P_sparse = P_total - P_active, and rho is the share of P_sparse that is routed experts, so rho = 1 is pure MoE
+and (1 - rho) of the sparse budget is Engram rows. The number of routed experts follows
+
+    N(rho) = top_k + round(rho * (N_base - top_k))
+
+which reproduces every expert count the paper plots. What pays for the rest is the matching:
+
+`paper`   only routed experts and rows change: the tables take exactly the parameters of the removed experts. The
+          module's dense projections come on top, so FLOPs per token grow (the residual says by how much).
+`strict`  the shared experts' width (multiples of 8, per layer) pays for the Engram projections and for the router's
+          change, so that FLOPs per token stay; the tables take the remaining parameters.
+"""
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from enum import Enum
+
+from models.accounting import count_parameters, flops_per_token
+from models.engram import EngramConfig
+from models.moe import MoEConfig
+from models.ngram_hash import num_rows
+from models.transformer import TransformerConfig
+
+# Largest |relative difference| to the rho = 1 arm that `strict` accepts (dimensionless; the project's own limits).
+PARAMS_TOLERANCE = 1e-3  # non-embedding parameters
+FLOPS_TOLERANCE = 5e-3  # training or forward FLOPs per token, LM head included
+# Shared-expert widths move in steps of 8 columns: the smallest step that keeps rows 16-byte aligned in bf16.
+WIDTH_MULTIPLE = 8
+ONE_ROW = 1  # EngramConfig.table_size of the control whose module has nothing to remember with
+
+
+class Matching(str, Enum):
+    """What is kept equal between arms."""
+
+    strict = "strict"
+    paper = "paper"
+
+
+class AllocationError(ValueError):
+    """No integer solution for this rho; the message names setting, value, rule and the nearest feasible rho."""
+
+
+@dataclass
+class Arm:
+    """One solved allocation.
+
+    `slots` counts memory in the paper's unit: one slot = d_memory parameters (all heads' rows of one layer together).
+    Residuals are (arm - base) / base: non-embedding parameters, and FLOPs per token with the LM head.
+    `rho_actual` = inactive routed-expert parameters / all inactive parameters; 1 where no memory is inactive.
+    """
+
+    config: TransformerConfig
+    rho: float
+    rho_actual: float
+    num_experts: int
+    slots: int
+    params_residual: float
+    flops_residual: float
+    feasible: bool
+    message: str
+
+
+def num_experts_at(rho: float, num_base: int, top_k: int) -> int:
+    """N = top_k + round(rho * (num_base - top_k)), halves rounded up."""
+    return top_k + int(rho * (num_base - top_k) + 0.5)
+
+
+def solve(base: TransformerConfig, rho: float, matching: Matching, engram: EngramConfig) -> Arm:
+    """Solve one arm.
+
+    Args:
+        base: the rho = 1 shape: experts, no Engram.
+        rho: requested share of the inactive parameters that are routed experts, in [0, 1].
+        matching: what stays equal.
+        engram: template of the module; its `table_size` is replaced by the solution.
+
+    Raises:
+        AllocationError: rho outside [0, 1], a base that is no rho = 1 shape, or no integer solution within tolerance.
+    """
+    moe = _check(base, rho)
+    if rho == 1:
+        return _measure(base, copy.deepcopy(base), rho, "the base shape")
+    arm = _solve_for_experts(base, num_experts_at(rho, moe.num_experts, moe.router.top_k), rho, matching, engram)
+    if not arm.feasible:
+        nearest = nearest_feasible(base, rho, matching, engram)
+        raise AllocationError(f"rho={rho:g} with matching={matching.value}: {arm.message}; nearest feasible rho: {nearest:.4g}")
+    return arm
+
+
+def nearest_feasible(base: TransformerConfig, rho: float, matching: Matching, engram: EngramConfig) -> float:
+    """The rho closest to the requested one whose expert count has a solution (1 is always one)."""
+    moe = _check(base, rho)
+    span = moe.num_experts - moe.router.top_k
+    for candidate in sorted((n / span for n in range(span)), key=lambda value: abs(value - rho)):
+        if abs(candidate - rho) >= 1 - rho:
+            break
+        num_experts = num_experts_at(candidate, moe.num_experts, moe.router.top_k)
+        if _solve_for_experts(base, num_experts, candidate, matching, engram).feasible:
+            return candidate
+    return 1.0
+
+
+def one_row_pure(base: TransformerConfig, matching: Matching, engram: EngramConfig) -> Arm:
+    """Control (a): the rho = 1 experts with a module of one row per head: what the module's own path is worth.
+
+    `strict` takes the projections' FLOPs out of the shared experts, so that parameters and FLOPs both match the base.
+    """
+    _check(base, 1.0)
+    config = dataclasses.replace(copy.deepcopy(base), engram=dataclasses.replace(engram, table_size=ONE_ROW))
+    return _control(base, config, 1.0, matching, "all experts and a one-row module")
+
+
+def no_module(base: TransformerConfig, rho: float, matching: Matching, engram: EngramConfig) -> Arm:
+    """Control (b): the experts of `rho` without the module: what fewer, better-trained experts alone are worth.
+
+    `strict` gives the shared experts back what the module had taken, so that FLOPs match the base. Total parameters
+    are fewer by design: `params_residual` says by how much.
+    """
+    num_experts = solve(base, rho, matching, engram).num_experts
+    return _control(base, _with_experts(base, num_experts), rho, matching, f"the experts of rho={rho:g}, no module")
+
+
+def one_row(base: TransformerConfig, rho: float, matching: Matching, engram: EngramConfig) -> Arm:
+    """Control (c): the arm at `rho` in everything but its tables, which have one row per head.
+
+    FLOPs equal the arm's; total parameters are fewer by the tables.
+    """
+    config = solve(base, rho, matching, engram).config
+    if config.engram is None:
+        raise AllocationError(f"control_rho={rho:g} has no module to take rows from; choose a control rho below 1")
+    config = dataclasses.replace(config, engram=dataclasses.replace(config.engram, table_size=ONE_ROW))
+    return _measure(base, config, rho, f"the arm of rho={rho:g} with one-row tables")
+
+
+def memory_parameters(engram: EngramConfig) -> int:
+    """Parameters of all tables: sum over layers, orders and heads of prime rows * row_dim. Nothing is allocated."""
+    return engram.row_dim * sum(num_rows(engram).values())
+
+
+def fit_table_size(engram: EngramConfig, target: int) -> EngramConfig | None:
+    """The template with the table_size whose prime tables hold as near `target` parameters as primes allow.
+
+    Memory never falls when table_size grows, so two neighbours enclose the target; the nearer wins.
+
+    Returns:
+        The filled config, or None where even the smallest tables hold more than twice the target.
+    """
+
+    def at(rows: int) -> int:
+        return memory_parameters(dataclasses.replace(engram, table_size=rows))
+
+    low, high = ONE_ROW + 1, max(ONE_ROW + 2, target // engram.row_dim + 2)
+    if at(low) > 2 * target:
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if at(middle) <= target else (low, middle)
+    rows = min((low, high), key=lambda value: abs(at(value) - target))
+    return dataclasses.replace(engram, table_size=rows)
+
+
+def _check(base: TransformerConfig, rho: float) -> MoEConfig:
+    """Refuse what is no allocation problem; returns the base's experts."""
+    if not 0 <= rho <= 1:
+        raise AllocationError(f"rho={rho:g} must lie in [0, 1]: the share of inactive parameters that are experts; nearest: {min(max(rho, 0.0), 1.0):g}")
+    if base.moe is None:
+        raise AllocationError("model.moe=null: a sweep divides the parameters of routed experts; choose a model with experts")
+    if base.engram is not None:
+        raise AllocationError("model.engram must be null in a sweep: the base is the rho = 1 shape; describe the module in sweep.engram")
+    if base.moe.num_experts <= base.moe.router.top_k:
+        raise AllocationError(
+            f"model.moe.num_experts={base.moe.num_experts} must exceed model.moe.router.top_k={base.moe.router.top_k}: "
+            "otherwise no expert is inactive and there is nothing to divide"
+        )
+    return base.moe
+
+
+def _solve_for_experts(
+    base: TransformerConfig, num_experts: int, rho: float, matching: Matching, engram: EngramConfig
+) -> Arm:
+    """The arm with this many experts; `feasible` says whether it keeps what the matching promises."""
+    smallest = dataclasses.replace(engram, table_size=ONE_ROW)
+    config = dataclasses.replace(_with_experts(base, num_experts), engram=smallest)
+    if matching is Matching.paper:
+        target = count_parameters(base).experts - count_parameters(_with_experts(base, num_experts)).experts
+    else:
+        widths = _shared_widths_for_equal_flops(base, config)
+        if isinstance(widths, str):
+            return _measure(base, config, rho, widths, feasible=False)
+        config = _with_widths(config, widths)
+        counts = count_parameters(config)
+        target = count_parameters(base).total - (counts.total - counts.memory)
+    filled = fit_table_size(engram, target) if target > 0 else None
+    if filled is None:
+        return _measure(base, config, rho, f"{target:,} parameters are too few for prime tables", feasible=False)
+    arm = _measure(base, dataclasses.replace(config, engram=filled), rho, "")
+    if matching is Matching.strict:
+        arm = _within_tolerance(arm, params=True)
+    return arm
+
+
+def _control(base: TransformerConfig, config: TransformerConfig, rho: float, matching: Matching, message: str) -> Arm:
+    """Measure a control whose FLOPs `strict` keeps through the shared width."""
+    if matching is Matching.strict:
+        widths = _shared_widths_for_equal_flops(base, config)
+        if isinstance(widths, str):
+            raise AllocationError(f"control at rho={rho:g}: {widths}")
+        config = _with_widths(config, widths)
+    arm = _measure(base, config, rho, message)
+    if matching is Matching.strict and not _within_tolerance(arm, params=False).feasible:
+        raise AllocationError(f"control at rho={rho:g}: {_within_tolerance(arm, params=False).message}")
+    return arm
+
+
+def _shared_widths_for_equal_flops(base: TransformerConfig, config: TransformerConfig) -> list[int] | str:
+    """Shared widths per MoE layer that bring `config` to the base's FLOPs, or why there are none.
+
+    FLOPs are linear in the width, so one unit of 8 columns measured on the config itself gives the number of units.
+    They are spread evenly; the first layers take the remainder.
+    """
+    widths = _shared_widths(config)
+    if min(widths, default=0) == 0:
+        return "no shared expert pays for the Engram projections: set model.moe.num_shared_experts >= 1 or use matching=paper"
+    excess = flops_per_token(config).with_head - flops_per_token(base).with_head
+    one_more = _with_widths(config, [widths[0] + WIDTH_MULTIPLE, *widths[1:]])
+    unit = flops_per_token(one_more).with_head - flops_per_token(config).with_head
+    units = round(excess / unit)
+    share, rest = divmod(abs(units), len(widths))
+    sign = 1 if units >= 0 else -1
+    solved = [w - sign * WIDTH_MULTIPLE * (share + (i < rest)) for i, w in enumerate(widths)]
+    if min(solved) < WIDTH_MULTIPLE:
+        return (
+            f"the Engram projections cost {excess:,.0f} FLOPs per token, more than the shared experts of width "
+            f"{widths[0]} can pay; use a smaller sweep.engram.d_memory, fewer layers, or wider shared experts"
+        )
+    return solved
+
+
+def _within_tolerance(arm: Arm, params: bool) -> Arm:
+    """The arm, marked infeasible with a reason where a residual exceeds what `strict` allows."""
+    reasons = []
+    if params and abs(arm.params_residual) > PARAMS_TOLERANCE:
+        reasons.append(f"parameters differ by {arm.params_residual:+.3%} (allowed {PARAMS_TOLERANCE:.1%})")
+    if abs(arm.flops_residual) > FLOPS_TOLERANCE:
+        reasons.append(f"FLOPs per token differ by {arm.flops_residual:+.3%} (allowed {FLOPS_TOLERANCE:.1%})")
+    return dataclasses.replace(arm, feasible=not reasons, message="; ".join(reasons) or arm.message)
+
+
+def _measure(
+    base: TransformerConfig, config: TransformerConfig, rho: float, message: str, feasible: bool = True
+) -> Arm:
+    """Residuals and rho_actual of a config, from the exact accounting."""
+    counts, base_counts = count_parameters(config), count_parameters(base)
+    base_flops = flops_per_token(base).with_head
+    assert config.moe is not None
+    return Arm(
+        config=config,
+        rho=rho,
+        rho_actual=counts.rho,
+        num_experts=config.moe.num_experts,
+        slots=round(counts.memory / config.engram.d_memory) if config.engram is not None else 0,
+        params_residual=(counts.total - base_counts.total) / base_counts.total,
+        flops_residual=(flops_per_token(config).with_head - base_flops) / base_flops,
+        feasible=feasible,
+        message=message,
+    )
+
+
+def _shared_widths(config: TransformerConfig) -> list[int]:
+    """Width of the shared expert of each MoE layer."""
+    assert config.moe is not None
+    return [config.moe.shared_width(layer) for layer in range(config.num_moe_layers)]
+
+
+def _with_experts(base: TransformerConfig, num_experts: int) -> TransformerConfig:
+    """A copy of the base with another number of routed experts."""
+    config = copy.deepcopy(base)
+    assert config.moe is not None
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, num_experts=num_experts))
+
+
+def _with_widths(config: TransformerConfig, widths: list[int]) -> TransformerConfig:
+    """A copy with these shared widths, one per MoE layer."""
+    assert config.moe is not None
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, shared_widths=list(widths)))

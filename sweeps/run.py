@@ -1,0 +1,170 @@
+"""Plan, run or report a sweep: `python -m sweeps.run sweep=default action=plan|run|report [setting=value ...]`.
+
+The settings are those of a single run (they describe the rho = 1 base and the training that all trials share) and the
+`sweep` group. Exit codes: 0 done, 1 trials failed (the report is still made), 2 wrong settings or data, 130 stopped.
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from sweeps.collect import collect, speeds, val_losses
+from sweeps.live import duration
+from sweeps.plan import Planner, SweepConfig, plan_table, sweep_folder
+from sweeps.processes import FolderBusyError
+from sweeps.report import build_report
+from sweeps.runner import Command, Summary, peak_disk_bytes, pretrain_command, run_trials
+from sweeps.trial import Plan, differing_settings, read_plan, write_plan
+from train.config import Config
+from train.prepare import PreparedData, open_prepared, prepare
+
+EXIT_FAILED_TRIALS, EXIT_SETTINGS, EXIT_STOPPED = 1, 2, 130  # 130: ended by Ctrl-C, the shells' convention
+
+
+class Action(str, Enum):
+    """What to do with the sweep."""
+
+    plan = "plan"  # print every trial; nothing is trained
+    run = "run"  # prepare data, run what is not finished, report
+    report = "report"  # collect and report what is there
+
+
+@dataclass
+class SweepRoot(Config):
+    """A run's settings, shared by all trials, and the sweep's own."""
+
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    action: Action = Action.plan
+
+
+ConfigStore.instance().store(name="sweep_schema", node=SweepRoot)
+
+
+@hydra.main(config_path="../conf", config_name="sweep", version_base="1.3")
+def main(composed: DictConfig) -> None:
+    """Compose, check, act."""
+    try:
+        sys.exit(act(from_dictconfig(composed)))
+    except (ValueError, OSError, FolderBusyError, OmegaConfBaseException) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_SETTINGS)
+
+
+def from_dictconfig(composed: DictConfig) -> SweepRoot:
+    """Plain dataclasses from what Hydra composed."""
+    root = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SweepRoot), composed))
+    assert isinstance(root, SweepRoot)
+    return root
+
+
+def act(root: SweepRoot, command: Command = pretrain_command) -> int:
+    """Do what `root.action` says; returns the exit code."""
+    console, folder = Console(), sweep_folder(root.sweep)
+    if root.action is Action.report:
+        read_plan(folder)
+        _report(folder, console)
+        return 0
+    if root.action is Action.plan:
+        _show(make_plan(root, _prepared_or_none(root), folder)[1], folder, console)
+        return 0
+    planner, plan = make_plan(root, prepare(root.data), folder)
+    write_plan(plan, folder)
+    _show(plan, folder, console)
+    try:
+        summary = _run(planner, plan, folder, command)
+    except KeyboardInterrupt:
+        collect(folder)
+        console.print(f"\nstopped; nothing is lost. The same command goes on where this stopped ({folder}).")
+        return EXIT_STOPPED
+    if not summary.finished:
+        collect(folder)
+        console.print(f"all {len(summary.failed)} trials failed; their logs: {folder}/trials/*/log.txt")
+        return EXIT_FAILED_TRIALS
+    _report(folder, console)
+    if summary.failed:
+        print(f"{len(summary.failed)} trials failed; the same command tries them again", file=sys.stderr)
+        return EXIT_FAILED_TRIALS
+    return 0
+
+
+def make_plan(root: SweepRoot, prepared: PreparedData | None, folder: Path) -> tuple[Planner, Plan]:
+    """The plan of a sweep, as far as it is known now, and the planner that can lengthen it.
+
+    Raises:
+        ValueError: settings without a plan; or the folder already holds trials of a sweep with other shared settings.
+    """
+    previous = read_plan(folder) if (folder / "plan.json").is_file() and any(folder.glob("trials/*")) else None
+    planner = Planner(
+        base=Config(**{f.name: getattr(root, f.name) for f in dataclasses.fields(Config)}),
+        sweep=root.sweep,
+        prepared=prepared,
+        previous=previous,
+        tokens_per_second=speeds(previous, folder) if previous is not None else (),
+    )
+    plan = planner.first_stage()
+    if previous is not None:
+        _refuse_other_sweep(previous, plan, folder)
+        plan = planner.second_stage(plan, val_losses(plan, folder))
+    return planner, plan
+
+
+def _refuse_other_sweep(previous: Plan, plan: Plan, folder: Path) -> None:
+    """More arms, seeds or controls may join a sweep; a change of what all trials share makes it another one."""
+    changes = differing_settings(previous.identity, plan.identity)
+    if not plan.fingerprint:
+        changes = [change for change in changes if not change.startswith("data.fingerprint:")]
+    if changes:
+        raise ValueError(
+            f"{folder} holds trials of a sweep with other settings ({'; '.join(changes[:5])}): choose another sweep.name, "
+            "restore the settings, or move the folder away"
+        )
+
+
+def _run(planner: Planner, plan: Plan, folder: Path, command: Command) -> Summary:
+    """Run all stages; a stage begins when the trials it depends on have finished."""
+    while True:
+        summary = run_trials(
+            plan.trials, folder, plan.jobs, plan.keep_checkpoints, command, num_gpus=torch.cuda.device_count()
+        )
+        longer = planner.second_stage(plan, val_losses(plan, folder))
+        if len(longer.trials) == len(plan.trials):
+            return summary
+        plan = longer
+        write_plan(plan, folder)
+
+
+def _prepared_or_none(root: SweepRoot) -> PreparedData | None:
+    try:
+        return open_prepared(root.data)
+    except FileNotFoundError:
+        return None
+
+
+def _show(plan: Plan, folder: Path, console: Console) -> None:
+    console.print(plan_table(plan))
+    seconds = sum(trial.estimated_seconds for trial in plan.trials) / plan.jobs
+    disk = peak_disk_bytes(plan.trials, plan.jobs, plan.keep_checkpoints)
+    lines = [*plan.pending, *plan.notes, f"about {duration(seconds)} in all; up to {disk / 1e6:,.0f} MB on disk in {folder}"]
+    for line in lines:
+        console.print(f"- {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _report(folder: Path, console: Console) -> None:
+    """Collect, build the report; the last lines are the conclusion in words and the report's path."""
+    collect(folder)
+    conclusion = build_report(folder)
+    console.print(conclusion, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"report: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

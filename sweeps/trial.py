@@ -1,0 +1,151 @@
+"""What a trial and a plan are: plain records, their identity, and the files they are kept in.
+
+Nothing here imports torch or a config framework: the runner, the collector and the report need only these records.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from train.run_folder import atomic_write
+
+SCHEMA_VERSION = 1  # of plan.json
+PLAN_FILE = "plan.json"
+# Where a run lies, what it logs and how its file is written do not change what it computes. The same rule as
+# `train.config.config_hash`, stated here so that records can be read without torch; a test holds the two together.
+NOT_IDENTITY = ("run_dir", "log", "schema_version")
+
+
+class TrialKind(str, Enum):
+    """What a trial is for."""
+
+    arm = "arm"  # a point of the curve: loss against rho
+    one_row_pure = "one_row_pure"  # control (a): rho = 1 experts and a module with one row per head
+    no_module = "no_module"  # control (b): the experts of control_rho, no module
+    one_row = "one_row"  # control (c): the arm at control_rho with one row per head
+    lr = "lr"  # an arm at another learning rate
+
+
+@dataclass
+class Trial:
+    """One training run of a sweep: what it is, what it costs, and its whole resolved configuration."""
+
+    trial_id: str  # first 12 hex digits of SHA-256 of `config` without the run folder's place
+    kind: TrialKind
+    rho: float  # requested share of inactive parameters that are routed experts
+    rho_actual: float  # solved share
+    seed: int
+    lr_scale: float  # factor on the learning rates of the base configuration
+    num_experts: int  # routed experts per MoE layer
+    slots: int  # memory slots of d_memory parameters each
+    total_params: int  # without embedding and head
+    active_params: int  # read per token, without embedding and head
+    memory_params: int  # all table rows
+    embedding_params: int  # embedding and head
+    flops_per_token: float  # forward, with the LM head
+    flops_per_token_no_head: float
+    params_residual: float  # (total_params - those of rho = 1) / those of rho = 1
+    flops_residual: float  # the same for flops_per_token
+    tokens: int  # training tokens
+    tokens_per_param: float  # tokens / total_params
+    estimated_seconds: float
+    estimated_disk_bytes: int  # checkpoints while it runs, and what stays
+    num_threads: int  # CPU threads of its process
+    config: dict[str, Any]  # resolved; what is written to config.yaml
+
+
+@dataclass
+class Plan:
+    """All trials of a sweep, as data."""
+
+    name: str
+    fingerprint: str  # of the prepared data; "" where they are not prepared yet: then trial ids are provisional
+    jobs: int  # trials at once
+    keep_checkpoints: str  # none | last
+    num_params_base: int  # non-embedding parameters of the rho = 1 arm
+    identity: dict[str, Any]  # what all trials share: base configuration, memory template, matching
+    trials: list[Trial] = field(default_factory=list)
+    pending: list[str] = field(default_factory=list)  # in words: trials that can only be planned after the arms
+    notes: list[str] = field(default_factory=list)  # choices made for the user, in words
+
+
+def trial_id(config: dict[str, Any]) -> str:
+    """First 12 hex digits of SHA-256 over the canonical JSON of the resolved configuration."""
+    identity = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def write_plan(plan: Plan, sweep_dir: Path) -> None:
+    """Write plan.json (everything) and plan.csv (the table, without the configurations)."""
+    sweep_dir.mkdir(parents=True, exist_ok=True)
+    record = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(plan)}
+    atomic_write(sweep_dir / PLAN_FILE, json.dumps(record, indent=1) + "\n")
+    columns = [column.name for column in dataclasses.fields(Trial) if column.name != "config"]
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**dataclasses.asdict(trial), "kind": trial.kind.value} for trial in plan.trials)
+    atomic_write(sweep_dir / "plan.csv", table.getvalue())
+
+
+def read_plan(sweep_dir: Path) -> Plan:
+    """Read plan.json.
+
+    Raises:
+        FileNotFoundError: no plan in this folder; the message says how to make one.
+        ValueError: a plan of another schema, or one that is not whole.
+    """
+    path = Path(sweep_dir) / PLAN_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: this is no sweep folder yet; start the sweep first (make sweep)")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not readable as JSON ({error}); remove it, and starting the sweep again makes it anew") from error
+    if record.pop("schema_version", None) != SCHEMA_VERSION:
+        raise ValueError(f"{path} was written by another version (schema_version must be {SCHEMA_VERSION}); choose another sweep.name")
+    trials = [Trial(**{**trial, "kind": TrialKind(trial["kind"])}) for trial in record.pop("trials")]
+    return Plan(**record, trials=trials)
+
+
+def trial_dir(sweep_dir: Path, trial: Trial) -> Path:
+    """Absolute folder of a trial."""
+    return Path(sweep_dir).resolve() / "trials" / trial.trial_id
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object from a file, or None where there is none or it is not whole."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """The configuration a trial folder was made for, or None where there is none."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return None
+    value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return value if isinstance(value, dict) else {}
+
+
+def differing_settings(first: dict[str, Any], second: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names and both values of every setting in which two configurations differ."""
+    lines = []
+    for key in sorted(first.keys() | second.keys()):
+        one, two = first.get(key), second.get(key)
+        if isinstance(one, dict) and isinstance(two, dict):
+            lines += differing_settings(one, two, f"{prefix}{key}.")
+        elif one != two:
+            lines.append(f"{prefix}{key}: {one!r} -> {two!r}")
+    return lines

@@ -1,0 +1,141 @@
+"""Checkpoints: safetensors by parameter name, and a manifest of SHA-256 sums that is written last.
+
+    checkpoints/step_00000400/
+        model.safetensors    weights and buffers, fp32
+        optim.safetensors    moments and step counts of the dense parameters
+        table_<layer>.safetensors   rows, moments and per-row step counts of one memory table
+        extra.safetensors    weight averages and random-number state
+        state.json           step and other numbers the loop needs
+        manifest.json        size and SHA-256 of each file above; a checkpoint without it does not exist
+
+Nothing is unpickled. The folder is written under a temporary name, fsynced and renamed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from train.run_folder import SCHEMA_VERSION
+
+MANIFEST = "manifest.json"
+
+
+class DamagedCheckpointError(ValueError):
+    """A file of a checkpoint is missing, short, or not what was written."""
+
+
+@dataclass
+class Checkpoint:
+    """What a run needs to go on bit for bit.
+
+    Attributes:
+        step: number of applied optimizer steps.
+        tensors: {file stem: {tensor name: tensor}}.
+        state: plain JSON values.
+    """
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: dict[str, Any]
+
+
+def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write `checkpoint` below `folder` and remove all but the newest `keep`.
+
+    Raises:
+        OSError: if it cannot be written (a full disk, say); earlier checkpoints are untouched.
+    """
+    final = folder / f"step_{checkpoint.step:08d}"
+    temporary = folder / f".{final.name}.{os.getpid()}.tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        for stem, tensors in checkpoint.tensors.items():
+            # Clones: views of one flat ZeRO partition share storage, which safetensors refuses.
+            save_file(
+                {name: t.detach().contiguous().clone() for name, t in tensors.items()},
+                temporary / f"{stem}.safetensors",
+            )
+        (temporary / "state.json").write_text(
+            json.dumps({"schema_version": SCHEMA_VERSION, "step": checkpoint.step, **checkpoint.state})
+        )
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(temporary.iterdir())
+        }
+        for path in temporary.iterdir():
+            _fsync(path)
+        (temporary / MANIFEST).write_text(json.dumps({"schema_version": SCHEMA_VERSION, "files": files}, indent=1))
+        _fsync(temporary / MANIFEST)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        _fsync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(
+            f"checkpoint {final} could not be written ({error}); earlier checkpoints are untouched"
+        ) from error
+    for old in _complete(folder)[:-keep] if keep else _complete(folder):
+        shutil.rmtree(old)
+    return final
+
+
+def load_latest(folder: Path) -> Checkpoint | None:
+    """Read the newest checkpoint below `folder`, every file verified; None if there is none.
+
+    Raises:
+        DamagedCheckpointError: naming the file and the remedy.
+    """
+    complete = _complete(folder)
+    return load(complete[-1]) if complete else None
+
+
+def load(path: Path) -> Checkpoint:
+    """Read one checkpoint folder, verifying every file against the manifest.
+
+    Raises:
+        DamagedCheckpointError: naming the file and the remedy.
+    """
+    remedy = f"remove {path} to go on from the one before it"
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DamagedCheckpointError(f"{path / MANIFEST} cannot be read ({error}); {remedy}") from error
+    tensors: dict[str, Mapping[str, Tensor]] = {}
+    for name, expected in files.items():
+        file = path / name
+        if not file.exists():
+            raise DamagedCheckpointError(f"{file} is missing; {remedy}")
+        if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+            raise DamagedCheckpointError(f"{file} is not what was written (size or SHA-256 differs); {remedy}")
+        if file.suffix == ".safetensors":
+            tensors[file.stem] = load_file(file)
+    state = json.loads((path / "state.json").read_text())
+    return Checkpoint(step=state.pop("step"), tensors=tensors, state=state)
+
+
+def _complete(folder: Path) -> list[Path]:
+    """Checkpoints that have a manifest, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if (path / MANIFEST).exists())
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,359 @@
+"""The training engine: DeepSpeed for the dense parameters, memory tables beside it, and one global clipping.
+
+This is the only file that imports deepspeed. How the pieces fit (see docs/decisions.md):
+
+* DeepSpeed runs with `managed_gradient_accumulation: false`: `backward` only accumulates into `parameter.grad`, and
+  `step` is the boundary. Between the two every gradient is there, raw: that is the one point where the global norm
+  over parameters *and* tables is taken and both are scaled. It lies before ZeRO partitions gradients and before Muon
+  orthogonalises them. DeepSpeed's own `gradient_clipping` stays 0: with Muon at ZeRO stage >= 1 it would rescale
+  already orthogonalised gradients, and the model would not learn.
+* Parameters are fp32 (the master weights); `bf16` means autocast inside the model's forward.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.memory_table import MemoryTable
+from models.transformer import Output, Transformer
+from train.optim import OptimConfig, OptimizerKind, ParameterGroup, parameter_groups
+
+
+class Precision(str, Enum):
+    """Arithmetic of the forward and backward matmuls; weights, gradients and optimizer state are always fp32."""
+
+    auto = "auto"  # bf16 with a GPU or a processor with bf16 matrix units, else fp32; resolved when a run is planned
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+@dataclass
+class EngineConfig:
+    """How the model is executed. All of it is part of a run's identity, since it changes numerics."""
+
+    zero_stage: int = 0  # 0: nothing partitioned; 1: optimizer state partitioned over ranks
+    precision: Precision = Precision.auto
+    num_threads: int = 0  # CPU threads of this process; 0: all cores, resolved when a run is planned
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # extra DeepSpeed settings, merged over the generated ones
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (0, 1):
+            raise ValueError(f"engine.zero_stage={self.zero_stage} is not supported; use 0 or 1")
+        if self.num_threads < 0:
+            raise ValueError(f"engine.num_threads={self.num_threads} must be >= 0; 0 means all cores")
+        owned = {
+            "gradient_clipping": "use optim.grad_clip: DeepSpeed's clipping does not see the memory tables, and with "
+            "Muon at ZeRO stage >= 1 it rescales orthogonalised gradients and the model does not learn",
+            "optimizer": "use the optim group",
+            "zero_optimization": "use engine.zero_stage",
+            "bf16": "use engine.precision",
+            "fp16": "use engine.precision=bf16; fp16 is not supported",
+            "torch_autocast": "use engine.precision",
+            "managed_gradient_accumulation": "it must stay false: clipping happens between backward and step",
+            "gradient_accumulation_steps": "use train.global_batch_tokens and train.micro_batch_size",
+            "train_batch_size": "use train.global_batch_tokens",
+            "train_micro_batch_size_per_gpu": "use train.micro_batch_size",
+        }
+        for key in self.deepspeed:
+            if key in owned:
+                raise ValueError(f"engine.deepspeed.{key}={self.deepspeed[key]!r} is refused: {owned[key]}")
+
+
+def resolve_precision(precision: Precision) -> Precision:
+    """`auto` -> bf16 on a GPU or on a CPU with bf16 matrix units (AMX), else fp32."""
+    if precision is not Precision.auto:
+        return precision
+    if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported():
+        return Precision.bf16
+    return Precision.fp32
+
+
+@dataclass
+class StepReport:
+    """What one optimizer step did. Norms are L2, over the mean gradient of the global batch, before clipping."""
+
+    grad_norm: float  # parameters and tables together
+    table_grad_norm: float
+    clip_factor: float  # min(1, grad_clip / (grad_norm + 1e-6)), torch's clip_grad_norm_ convention
+
+
+class _AutocastModel(nn.Module):
+    """The model with autocast *inside* its forward: DeepSpeed switches off an autocast that surrounds it."""
+
+    def __init__(self, model: Transformer, device: torch.device, precision: Precision) -> None:
+        super().__init__()
+        self.model = model
+        self.device_type = device.type
+        self.precision = precision
+
+    def forward(self, token_ids: Tensor, document_ids: Tensor, memory_rows: Mapping[int, Tensor]) -> Output:
+        use_bf16 = self.precision is Precision.bf16
+        with torch.autocast(self.device_type, torch.bfloat16) if use_bf16 else nullcontext():
+            output: Output = self.model(token_ids, document_ids, dict(memory_rows))
+        return output
+
+
+class Engine:
+    """Forward, backward and step of a Transformer and its memory tables.
+
+    Args:
+        model: the module to train; moved to `device`.
+        tables: {layer: table}; may be empty. They are not DeepSpeed parameters.
+        optim: rule of the dense parameters, and the global clipping norm.
+        cfg: ZeRO stage, precision, extra DeepSpeed settings; `precision` must be resolved.
+        micro_batch_size: sequences of one forward.
+
+    Raises:
+        ValueError: for a combination that is known not to train, or is not tested.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tables: dict[int, MemoryTable],
+        optim: OptimConfig,
+        cfg: EngineConfig,
+        micro_batch_size: int,
+        device: torch.device,
+    ) -> None:
+        _refuse_many_ranks()
+        self.model = model
+        self.tables = tables
+        self.device = device
+        self.optim = optim
+        self.cfg = cfg
+        self.groups = parameter_groups(model, optim)
+        self.ds_config = deepspeed_config(cfg, micro_batch_size)
+        self._engine = self._initialize(_AutocastModel(model, device, resolve_precision(cfg.precision)))
+
+    def _initialize(self, wrapped: nn.Module) -> Any:
+        deepspeed = _import_deepspeed()
+        engine, *_ = deepspeed.initialize(
+            model=wrapped,
+            optimizer=_make_optimizer(self.groups, self.optim),
+            config=self.ds_config,
+            dist_init_required=False,
+        )
+        return engine
+
+    def forward(self, token_ids: Tensor, document_ids: Tensor, memory_rows: Mapping[int, Tensor]) -> Output:
+        """Run the model; (B, S) token and document ids, {layer: (B, S, R, M)} rows -> `Output`."""
+        output: Output = self._engine(token_ids, document_ids, memory_rows)
+        return output
+
+    def backward(self, loss: Tensor, row_ids: Mapping[int, Tensor], memory_rows: Mapping[int, Tensor]) -> None:
+        """Add the gradient of `loss` (already scaled by 1 / accumulation) to parameters and tables."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+        for layer, table in self.tables.items():
+            gradient = memory_rows[layer].grad
+            assert gradient is not None, f"no gradient reached the memory rows of layer {layer}"
+            table.accumulate(row_ids[layer], gradient)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, accumulated gradient) of every parameter that has one; valid between `backward` and `step`."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None:
+                yield name, parameter.grad
+
+    def step(self, lr_scale: float) -> StepReport:
+        """Clip by one global norm over parameters and tables, then update both and clear the gradients.
+
+        factor = min(1, grad_clip / (norm + 1e-6)), norm^2 = sum over parameters |g|^2 + sum over tables |g|^2.
+        """
+        gradients = [gradient for _, gradient in self.gradients()]
+        dense_sq = float(torch.stack(torch._foreach_norm(gradients)).double().square().sum())
+        table_sq = sum(float(table.grad_sq_norm()) for table in self.tables.values())
+        norm = (dense_sq + table_sq) ** 0.5
+        factor = min(1.0, self.optim.grad_clip / (norm + 1e-6)) if self.optim.grad_clip > 0 else 1.0
+        if factor < 1.0:
+            torch._foreach_mul_(gradients, factor)
+        self._set_lr(lr_scale)
+        with _eager_muon(self.optim.kind):
+            self._engine.step()
+        for table in self.tables.values():
+            table.apply(factor, self.optim.lr * lr_scale)
+        return StepReport(grad_norm=norm, table_grad_norm=table_sq**0.5, clip_factor=factor)
+
+    def _set_lr(self, lr_scale: float) -> None:
+        for group in self._engine.optimizer.param_groups:
+            base = self.optim.muon_lr if group.get("use_muon") else self.optim.lr
+            group["lr"] = base * lr_scale
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """fp32 weights, moments and step counts by name: `model.<parameter>`, `optim.<parameter>.<moment>`.
+
+        The same names and full shapes at every ZeRO stage. Buffers of the model (router bias) are under `model.`.
+        """
+        state = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for group in self.groups:
+            for name, parameter in group.parameters:
+                for key, tensor in self._moments(parameter, group).items():
+                    state[f"optim.{name}.{key}"] = tensor
+        return state
+
+    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_tensors` gave; every name and shape must match.
+
+        Raises:
+            ValueError: naming the first tensors that are missing, surplus, or of another shape.
+        """
+        own = self.state_tensors()
+        _check_names(own, state)
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():
+                tensor.copy_(state[f"model.{name}"])
+            for group in self.groups:
+                for name, parameter in group.parameters:
+                    for key, tensor in self._moments(parameter, group).items():
+                        tensor.copy_(state[f"optim.{name}.{key}"])
+            self._refresh_masters()
+
+    def _moments(self, parameter: nn.Parameter, group: ParameterGroup) -> dict[str, Tensor]:
+        """The live optimizer tensors of one parameter, as views with the parameter's shape where they have one."""
+        if self.cfg.zero_stage == 0:
+            return _plain_moments(self._engine.optimizer, parameter, group.use_muon)
+        return _partitioned_moments(self._engine.optimizer, parameter, group.use_muon)
+
+    def _refresh_masters(self) -> None:
+        """ZeRO >= 1 updates a flat fp32 copy of the weights: copy the restored weights into it."""
+        if self.cfg.zero_stage == 0:
+            return
+        optimizer = self._engine.optimizer
+        for index, master in enumerate(optimizer.single_partition_of_fp32_groups):
+            master.data.copy_(optimizer.parallel_partitioned_bit16_groups[index][0].data)
+
+
+def deepspeed_config(cfg: EngineConfig, micro_batch_size: int) -> dict[str, Any]:
+    """The whole DeepSpeed configuration, generated; written to the run folder as `ds_config.json`."""
+    generated = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": 1,  # unmanaged: the caller of backward decides when to step
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": cfg.zero_stage, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,  # never: metrics are ours
+    }
+    return {**generated, **cfg.deepspeed}
+
+
+def _import_deepspeed() -> Any:
+    """Import DeepSpeed and join a process group.
+
+    Imported here and not at the top because it takes seconds, and plans and reports need only `EngineConfig`.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed
+
+    # One process shares memory with nobody: without this DeepSpeed compiles a C++ shared-memory extension on first use.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.logger.setLevel("WARNING")
+    if not torch.distributed.is_initialized():
+        os.environ.setdefault("RANK", "0")
+        os.environ.setdefault("LOCAL_RANK", "0")
+        os.environ.setdefault("WORLD_SIZE", "1")
+        # A private in-process store: trials that run side by side must not meet on one TCP port.
+        torch.distributed.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+        deepspeed.init_distributed(dist_init_required=False, verbose=False)
+    return deepspeed
+
+
+def _refuse_many_ranks() -> None:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1:
+        raise ValueError(f"WORLD_SIZE={world_size} is not supported: a run is one process; start it without a launcher")
+
+
+def _make_optimizer(groups: list[ParameterGroup], optim: OptimConfig) -> torch.optim.Optimizer:
+    """torch's fused AdamW, or DeepSpeed's Muon with that AdamW for the groups that Muon does not treat.
+
+    Muon is built here and not through DeepSpeed's configuration, which tags parameters by its own rule: every tensor of
+    two dimensions that is not called `embed` or `lm_head`, so also norms with one row per branch, routers and our head.
+    """
+    adamw = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+    records: list[dict[str, Any]] = [
+        {"params": [p for _, p in group.parameters], "weight_decay": group.weight_decay, "name": group.name}
+        for group in groups
+    ]
+    if optim.kind is OptimizerKind.adamw:
+        return torch.optim.AdamW(records, fused=True, **adamw)
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    for group, record in zip(groups, records, strict=True):
+        for parameter in record["params"]:
+            parameter.use_muon = group.use_muon
+            parameter.is_expert_group = parameter.ndim == 3  # stacked expert matrices are orthogonalised one by one
+        record |= {"use_muon": True, "lr": optim.muon_lr, "momentum": optim.muon_momentum} if group.use_muon else adamw
+        record.setdefault("use_muon", False)
+    return MuonWithAuxAdam(records, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True})
+
+
+@contextmanager
+def _eager_muon(kind: OptimizerKind) -> Iterator[None]:
+    """DeepSpeed wraps its Newton-Schulz iteration in torch.compile; on CPU that costs more than it saves."""
+    if kind is not OptimizerKind.muon or torch.cuda.is_available():
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _plain_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, use_muon: bool) -> dict[str, Tensor]:
+    """Optimizer state of one parameter at ZeRO stage 0, created as the optimizer would create it."""
+    state = optimizer.state[parameter]
+    if not state:
+        state.update(_fresh_moments(parameter, use_muon))
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def _partitioned_moments(optimizer: Any, parameter: nn.Parameter, use_muon: bool) -> dict[str, Tensor]:
+    """The same at ZeRO stage 1, where the state belongs to the flat fp32 partition that holds the parameter."""
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    flat = optimizer.single_partition_of_fp32_groups[_group_index(optimizer, parameter)]
+    state = optimizer.optimizer.state[flat]
+    if not state:
+        state.update(_fresh_moments(flat, use_muon))
+    address = mapping.get_hp_fragment_address()
+    moments = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.ndim:
+            moments[key] = value.narrow(0, address.start, address.numel).view(parameter.shape)
+        elif isinstance(value, Tensor):
+            moments[key] = value  # one step count for the whole partition, saved under each parameter
+    return moments
+
+
+def _group_index(optimizer: Any, parameter: nn.Parameter) -> int:
+    for index, group in enumerate(optimizer.bit16_groups):
+        if any(parameter is member for member in group):
+            return index
+    raise AssertionError("a parameter is in no ZeRO group")
+
+
+def _fresh_moments(parameter: Tensor, use_muon: bool) -> dict[str, Tensor]:
+    if use_muon:
+        return {"momentum_buffer": torch.zeros_like(parameter)}
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
+
+
+def _check_names(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    missing, surplus = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    wrong = sorted(name for name in own.keys() & given.keys() if own[name].shape != given[name].shape)
+    if missing or surplus or wrong:
+        raise ValueError(
+            "the checkpoint does not fit this model: "
+            f"missing {missing[:3]} ({len(missing)}), surplus {surplus[:3]} ({len(surplus)}), "
+            f"other shapes {wrong[:3]} ({len(wrong)}); resume with the configuration that wrote it"
+        )

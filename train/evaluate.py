@@ -1,0 +1,38 @@
+"""Held-out loss in nats per token and bits per byte, over fixed windows."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from models.loss import cross_entropy
+
+from models.transformer import Output
+from train.data import Batch
+
+
+@dataclass
+class Evaluation:
+    """Validation result."""
+
+    loss: float  # nats per predicted token
+    bits_per_byte: float  # loss / ln 2 / (mean bytes per token of the validation split)
+    tokens: int  # predicted tokens
+
+
+@torch.no_grad()
+def evaluate(forward: Callable[[Batch], Output], batches: Iterable[Batch], bytes_per_token: float) -> Evaluation:
+    """Mean cross-entropy of `forward` over `batches`.
+
+    loss = sum of nats / number of targets; the sum is kept in double precision.
+    bits per byte = loss / (ln 2 * bytes_per_token), with the split's own mean bytes per token.
+    """
+    nats, count = 0.0, 0
+    for batch in batches:
+        batch_nats, batch_count = cross_entropy(forward(batch).logits, batch.targets)
+        nats += float(batch_nats)
+        count += int(batch_count)
+    if count == 0:
+        raise ValueError("the validation split holds no predictable token; prepare data with a larger validation split")
+    loss = nats / count
+    return Evaluation(loss=loss, bits_per_byte=loss / (math.log(2) * bytes_per_token), tokens=count)

@@ -1,0 +1,166 @@
+"""Documents of the source `datasets`: a Hugging Face dataset, or local text, jsonl and parquet files.
+
+Everything is streamed in its own order: rows as they come, files sorted by path.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.corpus import Document
+from train.shards import DataError
+
+if TYPE_CHECKING:
+    from train.data import DataConfig
+
+_BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_CHECK_CHUNK = 2**24  # bytes of a file that are decoded at once while it is checked
+
+
+def local_files(patterns: list[str], setting: str) -> list[Path]:
+    """Files that the names, folders and globs of a setting stand for, sorted, each once.
+
+    Raises:
+        DataError: A pattern stands for no file, or a file has an unknown ending.
+    """
+    found: set[Path] = set()
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            matches = [file for file in path.rglob("*") if file.suffix in _BUILDERS and file.is_file()]
+        else:
+            matches = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
+        if not matches:
+            raise DataError(
+                f"data.{setting}={pattern} is no file, no folder with {' '.join(_BUILDERS)} files and no glob that "
+                f"matches any (working directory: {Path.cwd()}); correct the path"
+            )
+        found.update(matches)
+    for file in sorted(found):
+        if file.suffix not in _BUILDERS:
+            raise DataError(f"data.{setting}: {file} must end in one of {' '.join(_BUILDERS)}; rename or convert it")
+        if file.stat().st_size == 0:
+            raise DataError(f"data.{setting}: {file} is empty; remove it from the setting")
+    return sorted(found)
+
+
+def external_documents(cfg: DataConfig) -> Iterator[Document]:
+    """Documents of a Hugging Face dataset or of local files; `held_out` is set where validation is given apart.
+
+    A .txt or .md file is one document unless `document_separator` cuts it; a row of jsonl or parquet is one document.
+    Documents of white space alone are left out.
+
+    Raises:
+        DataError: Missing file or field, no text in a row, bytes that are no UTF-8, no network.
+    """
+    apart = bool(cfg.val_files) or cfg.val_split is not None
+    if cfg.data_files:
+        sources = [(_read_files(cfg, local_files(cfg.data_files, "data_files")), False if apart else None)]
+    elif cfg.path is not None:
+        sources = [(_read_hub(cfg, cfg.split), False if apart else None)]
+    else:
+        raise DataError("data.source=datasets needs data.path=<hub dataset> or data.data_files=[<files>]; give one")
+    if cfg.val_files:
+        sources.append((_read_files(cfg, local_files(cfg.val_files, "val_files")), True))
+    elif cfg.val_split is not None:
+        if cfg.path is None:
+            raise DataError(f"data.val_split={cfg.val_split} needs data.path; for local files give data.val_files")
+        sources.append((_read_hub(cfg, cfg.val_split), True))
+    for texts, held_out in sources:
+        count = 0
+        for name, text in texts:
+            if count == cfg.max_documents:
+                break
+            if text.strip():
+                count += 1
+                yield Document(name, text.encode("utf-8"), held_out)
+
+
+def _read_files(cfg: DataConfig, files: list[Path]) -> Iterator[tuple[str, str]]:
+    for file in files:
+        builder = _BUILDERS[file.suffix]
+        if builder != "parquet":
+            check_utf8(file)
+        options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
+        rows = _load(builder, f"file {file}", data_files=[str(file)], split="train", **options)
+        field = "text" if builder == "text" else cfg.text_field
+        for name, text in _texts(rows, field, str(file)):
+            if builder == "text" and cfg.document_separator is not None:
+                yield from ((f"{name}.{i}", part) for i, part in enumerate(text.split(cfg.document_separator)))
+            else:
+                yield name, text
+
+
+def _read_hub(cfg: DataConfig, split: str) -> Iterator[tuple[str, str]]:
+    what = f"dataset {cfg.path}, split {split}"
+    rows = _load(cfg.path, what, name=cfg.name, revision=cfg.revision, split=split)
+    yield from _texts(rows, cfg.text_field, what)
+
+
+def _load(path: str | None, what: str, **options: Any) -> Iterable[dict[str, Any]]:
+    import datasets
+
+    try:
+        rows: Iterable[dict[str, Any]] = datasets.load_dataset(path, streaming=True, **options)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"{what} could not be opened; check its name, data.name, data.split and data.revision, and whether there "
+            f"is a network (local files need none: data.data_files). Cause: {type(error).__name__}: {error}"
+        ) from error
+    return rows
+
+
+def _texts(rows: Iterable[dict[str, Any]], field: str, what: str) -> Iterator[tuple[str, str]]:
+    """(name, text) of each row."""
+    iterator = iter(rows)
+    number = -1
+    while True:
+        try:
+            row = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:  # whatever a reader of some format or the network raises
+            cause = error.__cause__ or error
+            raise DataError(f"{what} could not be read after row {number}: {type(cause).__name__}: {cause}") from error
+        number += 1
+        if field not in row:
+            raise DataError(
+                f"data.text_field={field} is not a field of {what}, row {number}; it has {', '.join(sorted(row))}: "
+                "set data.text_field to one of them"
+            )
+        text = row[field]
+        if not isinstance(text, str):
+            raise DataError(
+                f"data.text_field={field} must be text; row {number} of {what} has {type(text).__name__} there; "
+                "choose another field, or remove the row"
+            )
+        yield f"{what}:{number}", text
+
+
+def check_utf8(file: Path) -> None:
+    """Raise DataError with the byte's offset where a text file holds a NUL byte or is no UTF-8."""
+    offset = 0
+    tail = b""
+    with open(file, "rb") as handle:
+        while True:
+            chunk = handle.read(_CHECK_CHUNK)
+            data = tail + chunk
+            nul = data.find(b"\0")
+            if nul >= 0:
+                raise DataError(f"{file} has a NUL byte at byte {offset + nul}: it is binary, not text; remove it")
+            try:
+                data.decode("utf-8")
+                tail = b""
+            except UnicodeDecodeError as error:
+                if not chunk or error.reason != "unexpected end of data":
+                    raise DataError(
+                        f"{file} is not UTF-8 at byte {offset + error.start} ({error.reason}); convert it, for example "
+                        f"with `iconv -f latin1 -t utf-8`, or remove it"
+                    ) from error
+                tail = data[error.start :]
+            if not chunk:
+                return
+            offset += len(data) - len(tail)

@@ -1,0 +1,297 @@
+"""The training loop: one function, read top to bottom."""
+
+import math
+import os
+import platform
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from models.accounting import count_parameters, flops_per_token
+from models.loss import cross_entropy
+
+from train import checkpoint
+from train.build import Memory, build_engine, build_memory, forward
+from train.data import Batch, TrainBatches, check_fits, validation_batches
+from train.ema import WeightAverage
+from train.engine import Engine
+from train.evaluate import Evaluation, evaluate
+from train.metrics import Recorder, peak_flops
+from train.prepare import prepare
+from train.progress import Progress
+from train.run_folder import RunFolder, write_json
+from train.schedule import lr_scale
+from train.shards import PreparedData
+from train.statistics import StepStatistics
+
+if TYPE_CHECKING:
+    from train.config import Config
+
+
+@dataclass
+class TrainConfig:
+    """Length of a run, its batches, and when it validates and saves."""
+
+    max_steps: int = 400  # optimizer steps
+    global_batch_tokens: int = 4096  # tokens of one optimizer step; accumulation is derived from it
+    micro_batch_size: int = 16  # sequences of one forward
+    eval_interval: int = 0  # steps between validations; 0: only at the end
+    eval_tokens: int = 262_144  # validation tokens, the same windows for every run
+    checkpoint_interval: int = 200  # steps between checkpoints; 0: none
+    keep_checkpoints: int = 1  # newest ones kept
+    final_checkpoint: bool = True  # keep one after the last step (for generation, continuing)
+    ema_decay: float = 0.0  # weight average used for validation, per step; 0: off
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "global_batch_tokens", "micro_batch_size", "eval_tokens", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name}={getattr(self, name)} must be >= 1; nearest: 1")
+        for name in ("eval_interval", "checkpoint_interval"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name}={getattr(self, name)} must be >= 0; 0 switches it off")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"train.ema_decay={self.ema_decay} must lie in [0, 1); 0 switches it off, 0.99 is usual")
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or the gradient norm is not a number; raised before the step, so weights are still good."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop (SIGTERM or SIGINT), saved a checkpoint, and can be started again."""
+
+
+def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
+    """Train one model as `config` says, inside `folder`; resume from its newest checkpoint if there is one.
+
+    Returns:
+        The result record, also written to `result.json`.
+
+    Raises:
+        ValueError: for settings that do not fit the data, and damaged data or checkpoints.
+        NonFiniteLossError: before the step that would have spoilt the weights.
+        Stopped: after a signal; everything up to the last step is saved.
+    """
+    started = time.time()
+    cfg, max_steps = config.train, config.train.max_steps
+    folder.status("starting", 0, max_steps)
+    torch.set_num_threads(config.engine.num_threads)
+    torch.manual_seed(config.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    prepared = prepare(config.data)
+    check_fits(prepared, config.model.vocab_size, config.model.seq_len)
+    batches = TrainBatches(prepared, config.model.seq_len, cfg.global_batch_tokens // config.model.seq_len, config.seed)
+    memory = build_memory(config, prepared, device)
+    engine = build_engine(config, memory, device)
+    write_json(folder.path / "ds_config.json", engine.ds_config)
+    average = WeightAverage(engine.model, memory.tables, cfg.ema_decay, max_steps) if cfg.ema_decay else None
+    first_step, seconds_before = _resume(folder, engine, memory, average)
+    recorder = Recorder(folder.metrics, config.log, identity[:12], {"identity": identity}, first_step)
+    statistics = StepStatistics(config.model, peak_flops(device, config.engine.precision.value))
+    stop = _stop_on_signal()
+    training_start = time.perf_counter()
+
+    with Progress(config.log.progress, folder.path.name, first_step, max_steps) as progress:
+        for step in range(first_step, max_steps):
+            micro_batches, num_targets = _micro_batches(batches.batch(step), cfg.micro_batch_size, device)
+            nats, expert_counts = 0.0, None
+            for micro_batch in micro_batches:
+                row_ids = memory.row_ids(micro_batch)
+                rows = memory.lookup(row_ids)
+                output = engine.forward(micro_batch.token_ids, micro_batch.document_ids, rows)
+                micro_nats, _ = cross_entropy(output.logits, micro_batch.targets)
+                loss = micro_nats / num_targets + sum(output.aux_losses.values()) / len(micro_batches)
+                nats += micro_nats.detach().item()
+                _stop_if_not_finite("loss", nats, step)
+                engine.backward(loss, row_ids, rows)
+                counts = output.stats.expert_counts
+                expert_counts = counts if expert_counts is None else expert_counts + counts
+
+            if average is not None:
+                average.before_step()
+            scale = lr_scale(config.schedule, step, max_steps)
+            report = engine.step(scale)
+            _stop_if_not_finite("gradient norm", report.grad_norm, step)
+            if expert_counts is not None:
+                engine.model.update_expert_bias(expert_counts)
+            if average is not None:
+                average.after_step()
+
+            done = step + 1
+            statistics.add(num_tokens=cfg.global_batch_tokens)
+            if done % config.log.interval == 0 or done == max_steps:
+                recorder.record(
+                    done,
+                    {
+                        "train/loss": nats / num_targets,
+                        **{f"train/{name}": float(value.detach()) for name, value in output.aux_losses.items()},
+                        "train/tokens": done * cfg.global_batch_tokens,
+                        "train/epoch": batches.epoch(step),
+                        "optim/lr": config.optim.lr * scale,
+                        "optim/grad_norm": report.grad_norm,
+                        "optim/table_grad_norm": report.table_grad_norm,
+                        "optim/clip_factor": report.clip_factor,
+                        **statistics.collect(output.stats, expert_counts, memory.tables),
+                    },
+                )
+                folder.status("running", done, max_steps)
+            progress.update(done, nats / num_targets)
+            if cfg.eval_interval and done % cfg.eval_interval == 0 and done < max_steps:
+                evaluation = _evaluate(config, engine, memory, average, prepared, device)
+                recorder.record(done, {"val/loss": evaluation.loss, "val/bits_per_byte": evaluation.bits_per_byte})
+                statistics.restart_clock()
+            stopping = stop.is_set()
+            if stopping or (cfg.checkpoint_interval and done % cfg.checkpoint_interval == 0 and done < max_steps):
+                seconds = seconds_before + time.perf_counter() - training_start
+                _save(folder, done, seconds, cfg.keep_checkpoints, engine, memory, average)
+                statistics.restart_clock()
+            if stopping and done < max_steps:
+                recorder.close()
+                folder.status("stopped", done, max_steps, "stopped by a signal; start it again to go on")
+                raise Stopped(f"stopped at step {done} of {max_steps}; the same command goes on from there")
+
+    train_seconds = seconds_before + time.perf_counter() - training_start
+    evaluation = _evaluate(config, engine, memory, average, prepared, device)
+    recorder.record(max_steps, {"val/loss": evaluation.loss, "val/bits_per_byte": evaluation.bits_per_byte})
+    recorder.close()
+    if cfg.final_checkpoint:
+        _save(folder, max_steps, train_seconds, cfg.keep_checkpoints, engine, memory, average)
+    result = {
+        "identity": identity,
+        "val_loss": evaluation.loss,
+        "val_bits_per_byte": evaluation.bits_per_byte,
+        "val_tokens": evaluation.tokens,
+        "train_loss": nats / num_targets if first_step < max_steps else math.nan,
+        "steps": max_steps,
+        "tokens": max_steps * cfg.global_batch_tokens,
+        "epochs": batches.epochs_needed(max_steps),
+        "parameters": count_parameters(config.model).to_dict(),
+        "flops_per_token": flops_per_token(config.model).to_dict(),
+        "train_seconds": train_seconds,
+        "tokens_per_second": max_steps * cfg.global_batch_tokens / train_seconds,
+        "wall_seconds": time.time() - started,
+        "mfu_convention": statistics.convention,
+        "data_fingerprint": prepared.fingerprint,
+        "environment": environment(config.engine.num_threads, config.engine.precision.value),
+    }
+    write_json(folder.path / "result.json", result)
+    folder.status("finished", max_steps, max_steps)
+    return result
+
+
+def environment(num_threads: int, precision: str) -> dict[str, Any]:
+    """Versions and machine, for provenance."""
+    from importlib.metadata import version
+
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "deepspeed", "hydra-core", "tokenizers", "numpy")},
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": num_threads,
+        "precision": precision,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+    }
+
+
+def _micro_batches(batch: Batch, size: int, device: torch.device) -> tuple[list[Batch], int]:
+    """Cut a global batch into micro-batches; also the number of predicted tokens of the whole global batch.
+
+    Dividing every micro-batch's sum of nats by that one number makes the gradient that of the global mean, however
+    the batch is cut.
+    """
+    num_targets = int((batch.targets >= 0).sum())
+    parts = zip(batch.token_ids.split(size), batch.targets.split(size), batch.document_ids.split(size), strict=True)
+    return [Batch(*(tensor.to(device) for tensor in part)) for part in parts], num_targets
+
+
+def _stop_if_not_finite(what: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise NonFiniteLossError(
+            f"{what} is {value} at step {step + 1}: stopped before the weights are saved. Lower optim.lr, lengthen "
+            "schedule.warmup_steps, or lower optim.grad_clip; the last checkpoint is intact"
+        )
+
+
+def _stop_on_signal() -> threading.Event:
+    """An event that SIGTERM and SIGINT set, so that a run ends between two steps with a checkpoint."""
+    stop = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+def _evaluate(
+    config: "Config",
+    engine: Engine,
+    memory: Memory,
+    average: WeightAverage | None,
+    prepared: PreparedData,
+    device: torch.device,
+) -> Evaluation:
+    """Validate with the averaged weights if there are any."""
+    cfg = config.train
+
+    def windows() -> Any:
+        for batch in validation_batches(prepared, config.model.seq_len, cfg.micro_batch_size, cfg.eval_tokens):
+            yield Batch(batch.token_ids.to(device), batch.targets.to(device), batch.document_ids.to(device))
+
+    if average is None:
+        return evaluate(lambda batch: forward(engine, memory, batch), windows(), prepared.bytes_per_token_val)
+
+    def averaged(batch: Batch) -> Any:
+        rows = {layer: average.read(layer, ids) for layer, ids in memory.row_ids(batch).items()}
+        return engine.forward(batch.token_ids, batch.document_ids, rows)
+
+    with average.applied():
+        return evaluate(averaged, windows(), prepared.bytes_per_token_val)
+
+
+def _save(
+    folder: RunFolder,
+    step: int,
+    seconds: float,
+    keep: int,
+    engine: Engine,
+    memory: Memory,
+    average: WeightAverage | None,
+) -> None:
+    tensors: dict[str, dict[str, torch.Tensor]] = {
+        "model": {},
+        "optim": {},
+        "extra": {"rng.cpu": torch.get_rng_state()},
+    }
+    for name, tensor in engine.state_tensors().items():
+        stem, rest = name.split(".", 1)
+        tensors[stem][rest] = tensor
+    for layer, table in memory.tables.items():
+        tensors[f"table_{layer}"] = table.state_shards()
+    if torch.cuda.is_available():
+        tensors["extra"]["rng.cuda"] = torch.cuda.get_rng_state()
+    if average is not None:
+        tensors["average"] = average.state_tensors()
+    checkpoint.save(folder.checkpoints, checkpoint.Checkpoint(step, tensors, {"train_seconds": seconds}), keep)
+
+
+def _resume(folder: RunFolder, engine: Engine, memory: Memory, average: WeightAverage | None) -> tuple[int, float]:
+    """Load the newest checkpoint into the live objects; (step to go on from, training seconds so far)."""
+    found = checkpoint.load_latest(folder.checkpoints)
+    if found is None:
+        return 0, 0.0
+    engine.load_state_tensors(
+        {f"{stem}.{name}": tensor for stem in ("model", "optim") for name, tensor in found.tensors[stem].items()}
+    )
+    for layer, table in memory.tables.items():
+        table.load_state_shards(dict(found.tensors[f"table_{layer}"]))
+    if average is not None:
+        average.load_state_tensors(found.tensors["average"], found.step)
+    torch.set_rng_state(found.tensors["extra"]["rng.cpu"])
+    if "rng.cuda" in found.tensors["extra"]:
+        torch.cuda.set_rng_state(found.tensors["extra"]["rng.cuda"])
+    return found.step, found.state["train_seconds"]

@@ -1,0 +1,156 @@
+"""Metrics: JSONL is the truth; TensorBoard and wandb are fed from the same records.
+
+Names are `group/name`: `train/loss`, `val/loss`, `optim/grad_norm`, `perf/mfu`, ... (docs/metrics.md).
+"""
+
+import json
+import netrc
+import os
+import time
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.run_folder import SCHEMA_VERSION, atomic_write
+
+
+class WandbMode(str, Enum):
+    """Where wandb writes. `auto`: online if an API key is configured, else offline."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass
+class LogConfig:
+    """Dashboards; none of it changes what a run computes."""
+
+    wandb: WandbMode = WandbMode.disabled
+    wandb_project: str = "engram-lab"
+    group: str = ""  # wandb group; a sweep sets its own name
+    tensorboard: bool = False
+    interval: int = 10  # steps between records
+    progress: bool = True  # progress bar on a terminal
+
+
+# Dense bf16 peak of one device, FLOP/s without sparsity (vendors' data sheets).
+_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
+
+
+def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
+    """(FLOP/s that MFU is measured against, the convention in words); 0 where nothing is known.
+
+    A GPU's data-sheet bf16 peak; on a CPU the rate of a 1024^3 matmul at this precision and thread count, measured now.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for key, flops in _PEAK_FLOPS.items():
+            if key in name:
+                return flops, f"data-sheet dense bf16 peak of {name}"
+        return 0.0, f"unknown peak of {name}: no MFU"
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    left, right = torch.ones(1024, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    left @ right  # first call builds the kernel
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best, f"measured {precision} matmul 1024^3 on {torch.get_num_threads()} CPU thread(s)"
+
+
+class Recorder:
+    """Appends records to `metrics.jsonl` and forwards their scalars to the dashboards that are switched on.
+
+    On resume the file is cut back to the checkpoint's step, so that no step stands in it twice.
+    """
+
+    def __init__(self, path: Path, cfg: LogConfig, run_id: str, config: dict[str, Any], resume_step: int) -> None:
+        _cut_back(path, resume_step)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (lives as long as the recorder)
+        self._tensorboard = _open_tensorboard(path.parent, resume_step) if cfg.tensorboard else None
+        self._wandb = _open_wandb(path.parent, cfg, run_id, config)
+
+    def record(self, step: int, values: dict[str, Any]) -> None:
+        """Write one record; `step` counts applied optimizer steps. Values are numbers or lists of numbers."""
+        self._file.write(json.dumps({"schema_version": SCHEMA_VERSION, "step": step, **values}) + "\n")
+        self._file.flush()
+        scalars = {key: value for key, value in values.items() if isinstance(value, int | float)}
+        if self._tensorboard is not None:
+            for key, value in scalars.items():
+                self._tensorboard.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)
+
+    def close(self) -> None:
+        """Flush everything to disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All records of a `metrics.jsonl`; a last line that a killed process left unfinished is dropped."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _cut_back(path: Path, step: int) -> None:
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    atomic_write(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def _open_tensorboard(folder: Path, resume_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+
+
+def _has_wandb_key() -> bool:
+    """An API key in the environment or in ~/.netrc; asking wandb itself would go to the network."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False
+
+
+def _open_wandb(folder: Path, cfg: LogConfig, run_id: str, config: dict[str, Any]) -> Any:
+    """A wandb run, offline where no key is configured or the server cannot be reached; None when disabled."""
+    if cfg.wandb is WandbMode.disabled:
+        return None
+    import wandb
+
+    mode = cfg.wandb.value
+    if cfg.wandb is WandbMode.auto:
+        mode = "online" if _has_wandb_key() else "offline"
+    settings = {
+        "project": cfg.wandb_project,
+        "group": cfg.group or None,
+        "id": run_id,
+        "dir": str(folder),
+        "config": config,
+    }
+    try:
+        return wandb.init(mode=mode, resume="allow" if mode == "online" else None, **settings)  # type: ignore[arg-type]
+    except wandb.errors.Error as error:
+        print(
+            f"wandb is not reachable ({error}); logging offline: `wandb sync {folder}/wandb/offline-run-*` later",
+            flush=True,
+        )
+        return wandb.init(mode="offline", **settings)  # type: ignore[arg-type]

@@ -1,0 +1,57 @@
+"""Speed, expert load and memory health of a step, as metric records."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import psutil
+import torch
+from models.accounting import flops_per_token
+from torch import Tensor
+
+from models.memory_table import LocalTable
+from models.transformer import Stats, TransformerConfig
+
+
+class StepStatistics:
+    """Collects what the loop records besides losses.
+
+    MFU = 3 * forward FLOPs per token (matmuls, full S^2 attention, head included) * tokens/s / peak; no credit for
+    recomputation.
+    """
+
+    def __init__(self, cfg: TransformerConfig, peak: tuple[float, str]) -> None:
+        self.flops_per_token = 3 * flops_per_token(cfg).with_head
+        self.peak, self.convention = peak
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave validation and checkpoints out of tokens/s."""
+        self._start, self._tokens = time.perf_counter(), 0
+
+    def add(self, num_tokens: int) -> None:
+        """Count the tokens of one step."""
+        self._tokens += num_tokens
+
+    def collect(self, stats: Stats, expert_counts: Tensor | None, tables: Mapping[int, LocalTable]) -> dict[str, Any]:
+        """One record's worth, and restart the clock. Router entropy and gates are the last micro-batch's."""
+        tokens_per_second = self._tokens / max(time.perf_counter() - self._start, 1e-9)
+        record: dict[str, Any] = {"perf/tokens_per_second": tokens_per_second}
+        if self.peak:
+            record["perf/mfu"] = self.flops_per_token * tokens_per_second / self.peak
+        on_gpu = torch.cuda.is_available()
+        used = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
+        record["perf/memory_gib"] = used / 2**30
+        if expert_counts is not None:
+            load = expert_counts.double() / expert_counts.double().mean(dim=1, keepdim=True)  # (layers, E)
+            record["moe/max_load"] = float(load.max())
+            record["moe/expert_counts"] = expert_counts.tolist()
+            record["moe/router_entropy"] = stats.router_entropy.tolist()
+        for layer, table in tables.items():
+            record[f"engram/gate_mean_{layer}"] = float(stats.gate_mean[layer])
+            record[f"engram/gate_histogram_{layer}"] = stats.gate_histogram[layer].tolist()
+            record[f"engram/rows_touched_{layer}"] = table.rows_touched
+            record[f"engram/rows_ever_touched_{layer}"] = table.rows_ever_touched
+            record[f"engram/num_rows_{layer}"] = len(table.weight)
+        self.restart_clock()
+        return record
