@@ -60,6 +60,10 @@ class MemoryTable(Protocol):
         """Squared 2-norm of the step's gradient, after rows drawn more than once were summed."""
         ...
 
+    def pending_rows(self) -> Tensor:
+        """(u,) int64 distinct ids, ascending, of the rows that the coming `apply` will change."""
+        ...
+
     def apply(self, clip_factor: float, lr: float) -> None:
         """Updates the touched rows with clip_factor * gradient and forgets the gradient."""
         ...
@@ -169,6 +173,11 @@ class LocalTable:
         """Squared 2-norm of the coalesced gradient, summed in fp64."""
         merged = self._merged()
         return 0.0 if merged is None else float(torch.linalg.vector_norm(merged[1], dtype=torch.float64) ** 2)
+
+    def pending_rows(self) -> Tensor:
+        """Distinct ids of the rows that hold a gradient."""
+        merged = self._merged()
+        return torch.empty(0, dtype=torch.int64, device=self.step.device) if merged is None else merged[0]
 
     @torch.no_grad()
     def apply(self, clip_factor: float, lr: float) -> None:

@@ -30,6 +30,8 @@ PARAMS_TOLERANCE = 1e-3  # non-embedding parameters
 FLOPS_TOLERANCE = 5e-3  # training or forward FLOPs per token, LM head included
 # Shared-expert widths move in steps of 8 columns: the smallest step that keeps rows 16-byte aligned in bf16.
 WIDTH_MULTIPLE = 8
+# Units of shared width tried beside the one with the best FLOPs, where its tables miss the parameter tolerance.
+MAX_UNITS_OFF = 4
 ONE_ROW = 1  # EngramConfig.table_size of the control whose module has nothing to remember with
 
 
@@ -87,7 +89,9 @@ def solve(base: TransformerConfig, rho: float, matching: Matching, engram: Engra
     arm = _solve_for_experts(base, num_experts_at(rho, moe.num_experts, moe.router.top_k), rho, matching, engram)
     if not arm.feasible:
         nearest = nearest_feasible(base, rho, matching, engram)
-        raise AllocationError(f"rho={rho:g} with matching={matching.value}: {arm.message}; nearest feasible rho: {nearest:.4g}")
+        raise AllocationError(
+            f"rho={rho:g} with matching={matching.value}: {arm.message}; nearest feasible rho: {nearest:.4g}"
+        )
     return arm
 
 
@@ -166,11 +170,18 @@ def fit_table_size(engram: EngramConfig, target: int) -> EngramConfig | None:
 def _check(base: TransformerConfig, rho: float) -> MoEConfig:
     """Refuse what is no allocation problem; returns the base's experts."""
     if not 0 <= rho <= 1:
-        raise AllocationError(f"rho={rho:g} must lie in [0, 1]: the share of inactive parameters that are experts; nearest: {min(max(rho, 0.0), 1.0):g}")
+        raise AllocationError(
+            f"rho={rho:g} must lie in [0, 1]: it is the share of inactive parameters that are experts; "
+            f"nearest: {min(max(rho, 0.0), 1.0):g}"
+        )
     if base.moe is None:
-        raise AllocationError("model.moe=null: a sweep divides the parameters of routed experts; choose a model with experts")
+        raise AllocationError(
+            "model.moe=null: a sweep divides the parameters of routed experts; choose a model with experts"
+        )
     if base.engram is not None:
-        raise AllocationError("model.engram must be null in a sweep: the base is the rho = 1 shape; describe the module in sweep.engram")
+        raise AllocationError(
+            "model.engram must be null in a sweep: the base is the rho = 1 shape; describe the module in sweep.engram"
+        )
     if base.moe.num_experts <= base.moe.router.top_k:
         raise AllocationError(
             f"model.moe.num_experts={base.moe.num_experts} must exceed model.moe.router.top_k={base.moe.router.top_k}: "
@@ -185,59 +196,85 @@ def _solve_for_experts(
     """The arm with this many experts; `feasible` says whether it keeps what the matching promises."""
     smallest = dataclasses.replace(engram, table_size=ONE_ROW)
     config = dataclasses.replace(_with_experts(base, num_experts), engram=smallest)
+    assert base.moe is not None
+    if num_experts == base.moe.num_experts:
+        step = 1 / (num_experts - base.moe.router.top_k)
+        return _measure(base, config, rho, f"no expert is removed (rho moves in steps of {step:.3g})", feasible=False)
     if matching is Matching.paper:
-        target = count_parameters(base).experts - count_parameters(_with_experts(base, num_experts)).experts
-    else:
-        widths = _shared_widths_for_equal_flops(base, config)
-        if isinstance(widths, str):
-            return _measure(base, config, rho, widths, feasible=False)
-        config = _with_widths(config, widths)
-        counts = count_parameters(config)
+        freed = count_parameters(base).experts - count_parameters(config).experts
+        return _fill_tables(base, config, rho, freed)
+    widths, reason = _shared_widths_for_equal_flops(base, config)
+    arm = _measure(base, config, rho, reason, feasible=False)
+    for candidate in widths:
+        counts = count_parameters(_with_widths(config, candidate))
         target = count_parameters(base).total - (counts.total - counts.memory)
-    filled = fit_table_size(engram, target) if target > 0 else None
+        arm = _within_tolerance(_fill_tables(base, _with_widths(config, candidate), rho, target), params=True)
+        if arm.feasible:
+            break
+    return arm
+
+
+def _fill_tables(base: TransformerConfig, config: TransformerConfig, rho: float, target: int) -> Arm:
+    """The arm whose tables hold as near `target` parameters as primes allow."""
+    assert config.engram is not None
+    filled = fit_table_size(config.engram, target)
     if filled is None:
         return _measure(base, config, rho, f"{target:,} parameters are too few for prime tables", feasible=False)
-    arm = _measure(base, dataclasses.replace(config, engram=filled), rho, "")
-    if matching is Matching.strict:
-        arm = _within_tolerance(arm, params=True)
-    return arm
+    return _measure(base, dataclasses.replace(config, engram=filled), rho, "")
 
 
 def _control(base: TransformerConfig, config: TransformerConfig, rho: float, matching: Matching, message: str) -> Arm:
     """Measure a control whose FLOPs `strict` keeps through the shared width."""
     if matching is Matching.strict:
-        widths = _shared_widths_for_equal_flops(base, config)
-        if isinstance(widths, str):
-            raise AllocationError(f"control at rho={rho:g}: {widths}")
-        config = _with_widths(config, widths)
-    arm = _measure(base, config, rho, message)
-    if matching is Matching.strict and not _within_tolerance(arm, params=False).feasible:
-        raise AllocationError(f"control at rho={rho:g}: {_within_tolerance(arm, params=False).message}")
-    return arm
+        widths, reason = _shared_widths_for_equal_flops(base, config)
+        if not widths:
+            raise AllocationError(f"control at rho={rho:g}: {reason}")
+        config = _with_widths(config, widths[0])
+    return _measure(base, config, rho, message)
 
 
-def _shared_widths_for_equal_flops(base: TransformerConfig, config: TransformerConfig) -> list[int] | str:
-    """Shared widths per MoE layer that bring `config` to the base's FLOPs, or why there are none.
+def _shared_widths_for_equal_flops(base: TransformerConfig, config: TransformerConfig) -> tuple[list[list[int]], str]:
+    """Shared widths per MoE layer that keep the base's FLOPs within the tolerance, the best first.
 
     FLOPs are linear in the width, so one unit of 8 columns measured on the config itself gives the number of units.
     They are spread evenly; the first layers take the remainder.
+
+    Returns:
+        (candidates, why there are none where there are none).
     """
     widths = _shared_widths(config)
-    if min(widths, default=0) == 0:
-        return "no shared expert pays for the Engram projections: set model.moe.num_shared_experts >= 1 or use matching=paper"
-    excess = flops_per_token(config).with_head - flops_per_token(base).with_head
+    if min(widths) == 0:
+        return [], (
+            "no shared expert pays for the Engram projections: "
+            "set model.moe.num_shared_experts >= 1 or use matching=paper"
+        )
+    base_flops = flops_per_token(base).with_head
+    excess = flops_per_token(config).with_head - base_flops
     one_more = _with_widths(config, [widths[0] + WIDTH_MULTIPLE, *widths[1:]])
     unit = flops_per_token(one_more).with_head - flops_per_token(config).with_head
-    units = round(excess / unit)
-    share, rest = divmod(abs(units), len(widths))
-    sign = 1 if units >= 0 else -1
-    solved = [w - sign * WIDTH_MULTIPLE * (share + (i < rest)) for i, w in enumerate(widths)]
-    if min(solved) < WIDTH_MULTIPLE:
-        return (
+    nearest = round(excess / unit)
+    steps = sorted(range(nearest - MAX_UNITS_OFF, nearest + MAX_UNITS_OFF + 1), key=lambda n: abs(excess - n * unit))
+    allowed = [n for n in steps if abs(excess - n * unit) <= FLOPS_TOLERANCE * base_flops]
+    if not allowed:
+        off = (excess - nearest * unit) / base_flops
+        return [], (
+            f"steps of {WIDTH_MULTIPLE} in the shared width leave FLOPs per token {off:+.2%} off "
+            f"(allowed {FLOPS_TOLERANCE:.1%}); use a larger model"
+        )
+    solved = [w for w in (_narrowed(widths, n) for n in allowed) if min(w) >= WIDTH_MULTIPLE]
+    if not solved:
+        return [], (
             f"the Engram projections cost {excess:,.0f} FLOPs per token, more than the shared experts of width "
             f"{widths[0]} can pay; use a smaller sweep.engram.d_memory, fewer layers, or wider shared experts"
         )
-    return solved
+    return solved, ""
+
+
+def _narrowed(widths: list[int], units: int) -> list[int]:
+    """Widths with `units` steps of 8 columns taken off in all (given, where negative), as evenly as possible."""
+    share, rest = divmod(abs(units), len(widths))
+    step = WIDTH_MULTIPLE if units >= 0 else -WIDTH_MULTIPLE
+    return [width - step * (share + (i < rest)) for i, width in enumerate(widths)]
 
 
 def _within_tolerance(arm: Arm, params: bool) -> Arm:

@@ -26,12 +26,12 @@ def _place(fit: AllocationFit) -> str:
         )
     low, high = fit.arms[0].rho, fit.arms[-1].rho
     lowest = min(fit.arms, key=lambda arm: arm.loss.estimate).rho
-    between = f"from {low:g} to {high:g}"
+    between = f"from {low:.3g} to {high:.3g}"
     reasons = {
         Verdict.monotone_decreasing: f"the loss falls as rho grows {between} and no rise after the fall is shown, so "
-        f"the best rho may be {high:g} itself (more experts, less memory). Lowest arm: rho = {lowest:g}.",
+        f"the best rho may be {high:.3g} itself (more experts, less memory). Lowest arm: rho = {lowest:.3g}.",
         Verdict.monotone_increasing: f"the loss rises as rho grows {between} and no fall before the rise is shown, so "
-        f"the best rho may be {low:g} itself (more memory, fewer experts). Lowest arm: rho = {lowest:g}.",
+        f"the best rho may be {low:.3g} itself (more memory, fewer experts). Lowest arm: rho = {lowest:.3g}.",
         Verdict.minimum_at_edge: "the loss falls and rises, but every fitted minimum lies at an end of the grid "
         f"({between}).",
         Verdict.irregular: "the loss falls and rises by more than the noise, but not as one fall followed by one rise; "
@@ -87,7 +87,7 @@ def _gain_sentences(fit: AllocationFit) -> list[str]:
             verb = "is worse than"
         allowance = ", the choice of the best arm allowed for" if pure.simultaneous else ""
         sentences.append(
-            f"The best arm, rho = {pure.arm_rho:g}, {verb} pure MoE (rho = 1): gain {signed_nats(pure)}, "
+            f"The best arm, rho = {pure.arm_rho:.3g}, {verb} pure MoE (rho = 1): gain {signed_nats(pure)}, "
             f"{_pairing(fit)}{allowance}."
         )
     elif fit.arms[-1].rho != 1.0:
@@ -110,9 +110,9 @@ def _control_sentence(gain: Gain) -> str:
             f"At rho = 1 the module's path alone, without memory, {outcome}: pure MoE is ahead by {signed_nats(gain)}."
         )
     if gain.shown:
-        return f"Memory beats its control at rho = {gain.arm_rho:g}, {what}: gain {signed_nats(gain)}."
+        return f"Memory beats its control at rho = {gain.arm_rho:.3g}, {what}: gain {signed_nats(gain)}."
     outcome = "is worse than" if gain.interval.high < 0 else "is not shown to beat"
-    return f"The arm at rho = {gain.arm_rho:g} {outcome} its control, {what}: gain {signed_nats(gain)}."
+    return f"The arm at rho = {gain.arm_rho:.3g} {outcome} its control, {what}: gain {signed_nats(gain)}."
 
 
 def _learning_rate_sentence(fit: AllocationFit, pure: Gain | None) -> list[str]:
@@ -120,7 +120,7 @@ def _learning_rate_sentence(fit: AllocationFit, pure: Gain | None) -> list[str]:
     if not others or pure is None:
         return []
     flips = [gain for gain in others if gain.interval.estimate * pure.interval.estimate < 0]
-    listed = "; ".join(f"x{gain.lr_scale:g}: {signed_nats(gain)} at rho = {gain.arm_rho:g}" for gain in others)
+    listed = "; ".join(f"x{gain.lr_scale:g}: {signed_nats(gain)} at rho = {gain.arm_rho:.3g}" for gain in others)
     if flips:
         at = ", ".join(f"x{gain.lr_scale:g}" for gain in flips)
         return [f"The sign of the gain over pure MoE FLIPS at learning rate {at}, so the gain may be tuning: {listed}."]

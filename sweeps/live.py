@@ -137,7 +137,8 @@ class SweepView:
         progress = {trial.trial_id: read_progress(trial_dir(self._sweep_dir, trial)) for trial in running}
         remaining = {trial.trial_id: self._time.of_trial(trial, progress[trial.trial_id]) for trial in running}
         left = self._time.of_sweep(list(remaining.values()), [self._time.planned(t) for t in waiting], self._jobs)
-        summary = f"{len(self._ended)} of {len(self._trials)} trials ended, {len(running)} running, about {duration(left)} left"
+        counts = f"{len(self._ended)} of {len(self._trials)} trials ended, {len(running)} running"
+        summary = f"{counts}, about {duration(left)} left"
         if self._live is not None:
             self._live.update(self._table(progress, remaining, summary), refresh=True)
             return
@@ -148,8 +149,8 @@ class SweepView:
         table = Table(title=summary, title_justify="left")
         for column in ("trial", "state", "step", "loss", "left"):
             table.add_column(column, justify="left" if column in ("trial", "state") else "right")
-        shown = [t for t in self._trials if t.trial_id in progress] + [t for t in self._trials if t.trial_id in self._ended]
-        shown += [t for t in self._trials if t.trial_id not in progress and t.trial_id not in self._ended]
+        rank = {**dict.fromkeys(self._ended, 1), **dict.fromkeys(progress, 0)}
+        shown = sorted(self._trials, key=lambda trial: rank.get(trial.trial_id, 2))
         for trial in shown[:MAX_ROWS]:
             now = progress.get(trial.trial_id) or self._ended.get(trial.trial_id) or Progress("waiting", 0, 0, None)
             steps = f"{now.step}/{now.max_steps}" if now.max_steps else ""

@@ -1,4 +1,4 @@
-"""A sweep's settings, and the plan they make: every trial with its shape, budget, time and disk, before any training.
+"""The plan of a sweep: every trial with its shape, budget, time and disk, before any training.
 
 Everything that changes numbers is fixed here and written into each trial's configuration: expert counts, table sizes,
 shared widths, precision, threads per process, the identity of the data. The same settings give the same plan.
@@ -7,23 +7,19 @@ shared widths, precision, threads per process, the identity of the data. The sam
 import copy
 import dataclasses
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
-from rich.table import Table
 
 from models.accounting import count_parameters, flops_per_token
-from models.engram import EngramConfig
 from models.transformer import TransformerConfig
 from sweeps import allocation
-from sweeps.allocation import Arm, Matching
-from sweeps.live import duration
+from sweeps.allocation import Arm
 from sweeps.processes import cpu_cores
+from sweeps.settings import KeepCheckpoints, SweepConfig
 from sweeps.trial import NOT_IDENTITY, Plan, Trial, TrialKind, trial_id
 from train.config import Config, resolve, to_plain, validate
 from train.data import check_fits
@@ -41,71 +37,6 @@ CHECKPOINT_BYTES_PER_PARAM = 12
 PROCESS_BYTES_PER_PARAM = 16
 PROCESS_BYTES = 1_500_000_000
 PAPER_TOKENS_PER_PARAM = 10.0  # Engram, arXiv 2601.07372, section 3.1: 58.7e9 / 5.7e9 (from 6 * active * tokens)
-
-
-class KeepCheckpoints(str, Enum):
-    """What stays of a finished trial's checkpoints."""
-
-    none = "none"
-    last = "last"
-
-
-@dataclass
-class SweepConfig:
-    """Which trials a sweep has. Its rho = 1 shape is the `model` group, which has experts and no Engram."""
-
-    name: str = "default"  # folder below `root`
-    root: str = "runs"  # relative to the working directory
-    matching: Matching = Matching.strict
-    rhos: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    seeds: list[int] = field(default_factory=lambda: [0, 1])  # paired: every arm is trained with every seed
-    controls: list[TrialKind] = field(default_factory=list)  # one_row_pure (a), no_module (b), one_row (c)
-    control_rho: float = 0.4  # the arm that controls (b) and (c) belong to
-    lr_scales: list[float] = field(default_factory=list)  # learning-rate factors tried at rho = 1 and at the best rho
-    lr_seeds: list[int] = field(default_factory=list)  # seeds of those trials; empty = all seeds
-    jobs: int = 0  # trials at once; 0 = as many as cores, GPUs and memory allow
-    keep_checkpoints: KeepCheckpoints = KeepCheckpoints.none
-    engram: EngramConfig = field(default_factory=EngramConfig)  # the module; table_size is solved for each arm
-
-    def __post_init__(self) -> None:
-        if not self.name or any(part in self.name for part in ("/", "\\", "..")) or self.name != self.name.strip():
-            raise ValueError(f"sweep.name={self.name!r} must be a plain folder name, e.g. sweep.name=my_sweep")
-        for rho in [*self.rhos, self.control_rho]:
-            if not 0 <= rho <= 1:
-                nearest = min(max(rho, 0.0), 1.0)
-                raise ValueError(f"sweep.rhos / control_rho: {rho:g} must lie in [0, 1] (share of inactive parameters that are experts); nearest: {nearest:g}")
-        _refuse_duplicates("sweep.rhos", self.rhos)
-        _refuse_duplicates("sweep.seeds", self.seeds)
-        if 1.0 not in self.rhos:
-            raise ValueError(f"sweep.rhos={self.rhos} must contain 1.0: every gain is measured against pure experts; add 1.0")
-        if not self.seeds:
-            raise ValueError("sweep.seeds=[] must name at least one seed, and two or more to say anything; e.g. sweep.seeds=[0,1]")
-        if not set(self.lr_seeds) <= set(self.seeds):
-            raise ValueError(f"sweep.lr_seeds={self.lr_seeds} must be among sweep.seeds={self.seeds}: trials are compared seed by seed")
-        self._check_controls()
-        if any(scale <= 0 or scale == 1 for scale in self.lr_scales):
-            raise ValueError(f"sweep.lr_scales={self.lr_scales} must be positive factors other than 1, e.g. [0.5,2]")
-        if self.jobs < 0:
-            raise ValueError(f"sweep.jobs={self.jobs} must be >= 0; 0 chooses by cores, GPUs and memory")
-
-    def _check_controls(self) -> None:
-        allowed = (TrialKind.one_row_pure, TrialKind.no_module, TrialKind.one_row)
-        _refuse_duplicates("sweep.controls", self.controls)
-        for kind in self.controls:
-            if kind not in allowed:
-                raise ValueError(f"sweep.controls: {kind.value} is no control; use {', '.join(k.value for k in allowed)}")
-        if set(self.controls) & set(allowed[1:]) and (self.control_rho not in self.rhos or self.control_rho == 1):
-            nearest = min((r for r in self.rhos if r < 1), key=lambda r: abs(r - self.control_rho), default=None)
-            raise ValueError(
-                f"sweep.control_rho={self.control_rho:g} must be one of sweep.rhos={self.rhos} and below 1, since controls "
-                f"are compared with that arm; nearest: {nearest}"
-            )
-
-
-def _refuse_duplicates(name: str, values: Sequence[Any]) -> None:
-    if len(set(values)) != len(values):
-        unique = [getattr(value, "value", value) for value in dict.fromkeys(values)]
-        raise ValueError(f"{name} names a value twice; each may occur once: {unique}")
 
 
 class Planner:
@@ -215,7 +146,7 @@ class Planner:
         seeds = self._sweep.lr_seeds or self._sweep.seeds
         scales = ", ".join(f"x{scale:g}" for scale in self._sweep.lr_scales)
         count = len(seeds) * len(self._sweep.lr_scales)
-        return [f"{count} trials at the best rho below 1 with learning rate {scales}, planned when the arms have finished"]
+        return [f"{count} trials at the best rho below 1 at lr {scales}: planned when the arms have finished"]
 
     def _trial(self, kind: TrialKind, arm: Arm, seed: int, lr_scale: float = 1.0) -> Trial:
         """One trial: the base configuration with the arm's model, the seed and the learning rates."""
@@ -270,8 +201,8 @@ class Planner:
         engine, train = self._base.engine, self._base.train
         where = f"{self._machine.gpus} GPUs" if self._machine.gpus else f"{self._machine.cores} CPU cores"
         notes = [
-            f"{self._jobs} trials at once with {engine.num_threads} thread(s) each in {engine.precision.value} ({where}); "
-            "threads and precision are part of each trial's identity"
+            f"{self._jobs} trials at once, each {engine.num_threads} thread(s) in {engine.precision.value} ({where}); "
+            "threads and precision are part of a trial's identity"
         ]
         tokens = train.max_steps * train.global_batch_tokens
         per_param = tokens / count_parameters(self._base.model).total
@@ -279,7 +210,8 @@ class Planner:
         if self._num_train_tokens is None:
             notes.append("the data are not prepared yet: trial ids are provisional until they are")
         elif tokens > self._num_train_tokens:
-            notes.append(f"{tokens / self._num_train_tokens:.2f} epochs over {self._num_train_tokens:,} training tokens: text is read more than once")
+            epochs = tokens / self._num_train_tokens
+            notes.append(f"{epochs:.2f} epochs over {self._num_train_tokens:,} training tokens: text is read again")
         if not self._tokens_per_second:
             notes.append("times are a guess from a FLOP rate; they are corrected as soon as trials run")
         return notes
@@ -322,56 +254,7 @@ def _refuse_equal_arms(arms: dict[float, Arm]) -> None:
     for rho, arm in arms.items():
         if arm.num_experts in seen:
             raise ValueError(
-                f"sweep.rhos: {seen[arm.num_experts]:g} and {rho:g} both round to {arm.num_experts} experts per layer and "
-                "would be the same trial; drop one, or use a base with more experts"
+                f"sweep.rhos: {seen[arm.num_experts]:g} and {rho:g} both round to {arm.num_experts} experts per layer "
+                "and would be the same trial; drop one, or use a base with more experts"
             )
         seen[arm.num_experts] = rho
-
-
-def sweep_folder(sweep: SweepConfig) -> Path:
-    """Folder of a sweep."""
-    return Path(sweep.root) / sweep.name
-
-
-def plan_table(plan: Plan) -> Table:
-    """The plan for the screen: one line for each trial shape, its seeds together."""
-    table = Table(title=f"sweep {plan.name}: {len(plan.trials)} trials", title_justify="left")
-    columns = ("kind", "rho", "actual", "experts", "slots", "params", "memory", "params res.", "FLOPs/token", "FLOPs res.")
-    for column in (*columns, "tokens", "tok/param", "lr", "seeds", "time each", "disk"):
-        table.add_column(column, justify="left" if column == "kind" else "right")
-    for same in _by_shape(plan.trials):
-        trial = same[0]
-        table.add_row(
-            trial.kind.value,
-            f"{trial.rho:g}",
-            f"{trial.rho_actual:.4f}",
-            str(trial.num_experts),
-            f"{trial.slots:,}",
-            short(trial.total_params),
-            short(trial.memory_params),
-            f"{trial.params_residual:+.3%}",
-            short(trial.flops_per_token),
-            f"{trial.flops_residual:+.3%}",
-            short(trial.tokens),
-            f"{trial.tokens_per_param:.3g}",
-            f"x{trial.lr_scale:g}",
-            ",".join(str(t.seed) for t in same),
-            duration(trial.estimated_seconds),
-            f"{trial.estimated_disk_bytes / 1e6:.0f} MB",
-        )
-    return table
-
-
-def _by_shape(trials: Iterable[Trial]) -> list[list[Trial]]:
-    groups: dict[tuple[str, float, float], list[Trial]] = {}
-    for trial in trials:
-        groups.setdefault((trial.kind.value, trial.rho, trial.lr_scale), []).append(trial)
-    return list(groups.values())
-
-
-def short(number: float) -> str:
-    """1234567 as `1.23M`."""
-    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= limit:
-            return f"{number / limit:.3g}{unit}"
-    return f"{number:.3g}"

@@ -19,15 +19,19 @@ from rich.console import Console
 
 from sweeps.collect import collect, speeds, val_losses
 from sweeps.live import duration
-from sweeps.plan import Planner, SweepConfig, plan_table, sweep_folder
+from sweeps.plan import Planner
+from sweeps.plan_table import plan_table
 from sweeps.processes import FolderBusyError
 from sweeps.report import build_report
 from sweeps.runner import Command, Summary, peak_disk_bytes, pretrain_command, run_trials
+from sweeps.settings import SweepConfig, sweep_folder
 from sweeps.trial import Plan, differing_settings, read_plan, write_plan
 from train.config import Config
 from train.prepare import PreparedData, open_prepared, prepare
 
 EXIT_FAILED_TRIALS, EXIT_SETTINGS, EXIT_STOPPED = 1, 2, 130  # 130: ended by Ctrl-C, the shells' convention
+
+LOG_WIDTH = 160  # columns where the output is a file: the plan's table fits
 
 
 class Action(str, Enum):
@@ -68,7 +72,10 @@ def from_dictconfig(composed: DictConfig) -> SweepRoot:
 
 def act(root: SweepRoot, command: Command = pretrain_command) -> int:
     """Do what `root.action` says; returns the exit code."""
-    console, folder = Console(), sweep_folder(root.sweep)
+    folder = sweep_folder(root.sweep)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=LOG_WIDTH)
     if root.action is Action.report:
         read_plan(folder)
         _report(folder, console)
@@ -76,6 +83,7 @@ def act(root: SweepRoot, command: Command = pretrain_command) -> int:
     if root.action is Action.plan:
         _show(make_plan(root, _prepared_or_none(root), folder)[1], folder, console)
         return 0
+    make_plan(root, None, folder)  # wrong settings are found before the data are prepared, which takes minutes
     planner, plan = make_plan(root, prepare(root.data), folder)
     write_plan(plan, folder)
     _show(plan, folder, console)
@@ -124,8 +132,8 @@ def _refuse_other_sweep(previous: Plan, plan: Plan, folder: Path) -> None:
         changes = [change for change in changes if not change.startswith("data.fingerprint:")]
     if changes:
         raise ValueError(
-            f"{folder} holds trials of a sweep with other settings ({'; '.join(changes[:5])}): choose another sweep.name, "
-            "restore the settings, or move the folder away"
+            f"{folder} holds trials of a sweep with other settings ({'; '.join(changes[:5])}): choose another "
+            "sweep.name, restore the settings, or move the folder away"
         )
 
 
@@ -153,8 +161,8 @@ def _show(plan: Plan, folder: Path, console: Console) -> None:
     console.print(plan_table(plan))
     seconds = sum(trial.estimated_seconds for trial in plan.trials) / plan.jobs
     disk = peak_disk_bytes(plan.trials, plan.jobs, plan.keep_checkpoints)
-    lines = [*plan.pending, *plan.notes, f"about {duration(seconds)} in all; up to {disk / 1e6:,.0f} MB on disk in {folder}"]
-    for line in lines:
+    total = f"about {duration(seconds)} in all; up to {disk / 1e6:,.0f} MB on disk in {folder}"
+    for line in [*plan.pending, *plan.notes, total]:
         console.print(f"- {line}", highlight=False, markup=False, soft_wrap=True)
 
 

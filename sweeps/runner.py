@@ -236,8 +236,8 @@ def _check_disk(waiting: Sequence[Trial], sweep_dir: Path, jobs: int, keep_check
     free = shutil.disk_usage(sweep_dir).free
     if needed > free:
         raise DiskSpaceError(
-            f"{sweep_dir}: the trials need about {needed / 1e9:.2f} GB for checkpoints and {free / 1e9:.2f} GB are free; "
-            "make room, lower sweep.jobs, or set sweep.keep_checkpoints=none"
+            f"{sweep_dir}: the trials need about {needed / 1e9:.2f} GB for checkpoints and {free / 1e9:.2f} GB are "
+            "free; make room, lower sweep.jobs, or set sweep.keep_checkpoints=none"
         )
 
 

@@ -105,13 +105,15 @@ def read_plan(sweep_dir: Path) -> Plan:
     """
     path = Path(sweep_dir) / PLAN_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: this is no sweep folder yet; start the sweep first (make sweep)")
+        raise FileNotFoundError(f"{path} does not exist: no sweep was started here; start it first (make sweep)")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not readable as JSON ({error}); remove it, and starting the sweep again makes it anew") from error
+        raise ValueError(f"{path} is not whole ({error}); remove it: the sweep makes it anew when started") from error
     if record.pop("schema_version", None) != SCHEMA_VERSION:
-        raise ValueError(f"{path} was written by another version (schema_version must be {SCHEMA_VERSION}); choose another sweep.name")
+        raise ValueError(
+            f"{path} has not schema_version {SCHEMA_VERSION}: another version wrote it; choose another sweep.name"
+        )
     trials = [Trial(**{**trial, "kind": TrialKind(trial["kind"])}) for trial in record.pop("trials")]
     return Plan(**record, trials=trials)
 

@@ -23,7 +23,7 @@ def main() -> None:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     checkpoint = folder / "checkpoints" / "state.json"
     checkpoint.parent.mkdir(exist_ok=True)
-    state = json.loads(checkpoint.read_text()) if checkpoint.exists() else {"step": 0, "value": config["value"]}
+    state = json.loads(checkpoint.read_text()) if checkpoint.exists() else {"step": 0, "value": start_value(config)}
     print(f"begins at step {state['step']} threads {os.environ['OMP_NUM_THREADS']}", flush=True)
     if config["seed"] == 2:
         print("about to fail\nlast words", flush=True)
@@ -40,6 +40,13 @@ def main() -> None:
     if config["seed"] != 3:
         result = {"val_loss": state["value"], "val_bits_per_byte": 1.0, "train_seconds": 1.0, "tokens_per_second": 9.0}
         write(folder / "result.json", result)
+
+
+def start_value(config: dict) -> float:
+    """Given by a test, or different for every arm and seed of a real plan."""
+    if "value" in config:
+        return config["value"]
+    return (config["model"]["moe"]["num_experts"] * 37 + config["seed"] * 11) % 97 / 97
 
 
 def write(path: Path, record: dict) -> None:

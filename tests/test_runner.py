@@ -61,8 +61,8 @@ def start_runner(sweep: Path, trials: list[Trial], jobs: int = 2) -> subprocess.
     """The runner in its own process, so that it can be killed."""
     arguments = json.dumps([[t.seed, t.config["value"]] for t in trials])
     code = (
-        f"import sys, json; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from pathlib import Path; import test_runner as t\n"
+        f"import sys, json; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\n"
+        "from pathlib import Path; import tests.test_runner as t\n"
         f"trials = [t.make_trial(s, v) for s, v in json.loads({arguments!r})]\n"
         f"t.run_trials(trials, Path({str(sweep)!r}), {jobs}, 'none', t.fake_command)\n"
     )

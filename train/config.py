@@ -58,8 +58,10 @@ def from_dictconfig(composed: DictConfig) -> Config:
     Raises:
         ValueError, omegaconf.errors.OmegaConfBaseException: naming the setting.
     """
-    merged = OmegaConf.merge(OmegaConf.structured(Config), composed)
-    config = OmegaConf.to_object(merged)
+    plain = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(plain, dict)
+    plain.pop("schema_version", None)
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     assert isinstance(config, Config)
     return config
 
@@ -68,7 +70,6 @@ def load_config(path: Path) -> Config:
     """Read a run's `config.yaml`."""
     loaded = OmegaConf.load(path)
     assert isinstance(loaded, DictConfig)
-    loaded.pop("schema_version", None)
     return from_dictconfig(loaded)
 
 

@@ -10,7 +10,7 @@ import platform
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -20,9 +20,17 @@ CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"  # the pin
 
 # Distributions of the core installation with at least some tens of kilobytes of Python or documentation that does not
 # depend on the platform. Naming them keeps the corpus independent of what else a user installs.
-PACKAGES = tuple(
-    ["absl-py", "antlr4-python3-runtime", "anyio", "click", "contourpy", "datasets", "deepspeed", "dill", "einops", "filelock", "fonttools", "fsspec", "grpcio", "h11", "hjson", "httpcore", "huggingface_hub", "httpx", "hydra-core", "idna", "Jinja2", "Markdown", "markdown-it-py", "matplotlib", "mpmath", "multiprocess", "narwhals", "networkx", "numpy", "omegaconf", "opentelemetry-api", "opentelemetry-sdk", "opentelemetry-semantic-conventions", "packaging", "pandas", "pathspec", "pillow", "platformdirs", "plotly", "protobuf", "psutil", "pyarrow", "pydantic", "Pygments", "pyparsing", "python-dateutil", "PyYAML", "regex", "requests", "rich", "scipy", "sympy", "tensorboard", "torch", "tqdm", "typing_extensions", "urllib3", "wandb", "Werkzeug"]
+# fmt: off
+PACKAGES = (
+    "absl-py", "antlr4-python3-runtime", "anyio", "click", "contourpy", "datasets", "deepspeed", "dill", "einops",
+    "filelock", "fonttools", "fsspec", "grpcio", "h11", "hjson", "httpcore", "huggingface_hub", "httpx", "hydra-core",
+    "idna", "Jinja2", "Markdown", "markdown-it-py", "matplotlib", "mpmath", "multiprocess", "narwhals", "networkx",
+    "numpy", "omegaconf", "opentelemetry-api", "opentelemetry-sdk", "opentelemetry-semantic-conventions", "packaging",
+    "pandas", "pathspec", "pillow", "platformdirs", "plotly", "protobuf", "psutil", "pyarrow", "pydantic", "Pygments",
+    "pyparsing", "python-dateutil", "PyYAML", "regex", "requests", "rich", "scipy", "sympy", "tensorboard", "torch",
+    "tqdm", "typing_extensions", "urllib3", "wandb", "Werkzeug",
 )
+# fmt: on
 
 SUFFIXES = (".py", ".md", ".rst", ".txt")
 MAX_FILE_BYTES = 1_000_000  # larger sources are generated (unicode tables, test vectors)
@@ -54,7 +62,7 @@ def pinned_versions(constraints: Path = CONSTRAINTS) -> dict[str, str]:
     return {_normalised(name): version for name, version in pins}
 
 
-def python_identity(packages: tuple[str, ...] = PACKAGES, constraints: Path = CONSTRAINTS) -> dict[str, str]:
+def python_identity(packages: Sequence[str] = PACKAGES, constraints: Path = CONSTRAINTS) -> dict[str, str]:
     """Versions that determine the embedded corpus: of Python and of every package, each checked against its pin.
 
     Local version labels (`+cpu`) do not matter: such builds share their Python sources.
@@ -79,7 +87,7 @@ def python_identity(packages: tuple[str, ...] = PACKAGES, constraints: Path = CO
 
 
 def python_documents(
-    val_packages: list[str], max_documents: int | None = None, packages: tuple[str, ...] = PACKAGES
+    val_packages: list[str], max_documents: int | None = None, packages: Sequence[str] = PACKAGES
 ) -> Iterator[Document]:
     """Sources and documentation of the standard library and of `packages`, sorted by (top-level package, path).
 
@@ -132,7 +140,7 @@ def _is_candidate(path: PurePosixPath) -> bool:
     return not _SKIPPED_FOLDERS & set(path.parts)
 
 
-def _python_files(packages: tuple[str, ...]) -> Iterator[tuple[str, str, Path]]:
+def _python_files(packages: Sequence[str]) -> Iterator[tuple[str, str, Path]]:
     """(top-level package, name, path) of every candidate file, in no order."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     for entry in stdlib.iterdir():

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
+import numpy as np
 import torch
 
 from train.dedup import DedupConfig
-from train.shards import PreparedData
+from train.shards import SPLITS, DataError, PreparedData, TokenStream
 from train.tokenizer import MIN_BPE_VOCAB
 
 IGNORE_INDEX = -100  # target positions that carry no loss
@@ -77,37 +78,108 @@ class Batch:
     document_ids: torch.Tensor  # (B, S) 0, 1, ... counting documents inside the window
 
 
+def windows(stream: TokenStream, starts: np.ndarray, seq_len: int, eos_id: int) -> Batch:
+    """Batch of the windows that begin at `starts`: inputs t ... t + S - 1, targets one token further.
+
+    A target is IGNORE_INDEX where its input is an end of document, since it opens another document. A window's first
+    document has id 0, wherever in the document the window begins.
+    """
+    tokens = np.stack([stream.read(int(start), seq_len + 1) for start in starts])  # (B, S + 1)
+    inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()  # (B, S)
+    ends = inputs == eos_id
+    targets[ends] = IGNORE_INDEX
+    document_ids = np.cumsum(ends, axis=1, dtype=np.int64) - ends
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(document_ids))
+
+
 class TrainBatches:
-    """The training stream as a pure function of (seed, step)."""
+    """The training stream as a pure function of (seed, step).
+
+    Window w holds tokens w * S ... w * S + S of the stream: neighbours share one token, the target of the one and the
+    first input of the other, so each token is a target once. An epoch visits the windows in the order of a permutation
+    drawn from (seed, epoch); batches follow one another across epochs, so a batch may hold windows of two.
+
+    Raises:
+        DataError: The split is shorter than one window.
+    """
 
     def __init__(self, prepared: PreparedData, seq_len: int, global_batch_size: int, seed: int) -> None:
-        raise NotImplementedError
+        _check_window(prepared, "train", seq_len)
+        if global_batch_size < 1 or seed < 0:
+            raise ValueError(f"global_batch_size={global_batch_size} must be at least 1, seed={seed} at least 0")
+        self._stream, self._eos_id = prepared.train, prepared.eos_id
+        self._seq_len, self._global_batch_size, self._seed = seq_len, global_batch_size, seed
+        self.num_windows = (len(self._stream) - 1) // seq_len
+        self._orders: dict[int, np.ndarray] = {}
 
     @property
     def tokens_per_epoch(self) -> int:
-        """Tokens read in one pass over the training windows."""
-        raise NotImplementedError
+        """Input tokens of one pass over the windows: num_windows * S."""
+        return self.num_windows * self._seq_len
 
     def batch(self, step: int) -> Batch:
-        """Batch of 0-based `step`: (global_batch_size, seq_len)."""
-        raise NotImplementedError
+        """Batch of 0-based `step`: (global_batch_size, S), the same for every world size and history."""
+        first = step * self._global_batch_size
+        chosen = [self._window(position) for position in range(first, first + self._global_batch_size)]
+        return windows(self._stream, np.array(chosen) * self._seq_len, self._seq_len, self._eos_id)
 
     def epoch(self, step: int) -> int:
         """0-based epoch of the last window of `step`'s batch."""
-        raise NotImplementedError
+        return ((step + 1) * self._global_batch_size - 1) // self.num_windows
 
     def epochs_needed(self, max_steps: int) -> float:
-        """max_steps * windows per batch / windows per epoch; above 1 the run reads text twice."""
-        raise NotImplementedError
+        """max_steps * global_batch_size / num_windows; above 1 the run reads some text twice."""
+        return max_steps * self._global_batch_size / self.num_windows
+
+    def _window(self, position: int) -> int:
+        epoch, index = divmod(position, self.num_windows)
+        if epoch not in self._orders:
+            # A batch touches at most two neighbouring epochs unless it is larger than one; older orders are dropped.
+            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = np.random.default_rng([self._seed, epoch]).permutation(self.num_windows)
+        return int(self._orders[epoch][index])
 
 
-def validation_batches(
-    prepared: PreparedData, seq_len: int, micro_batch_size: int, max_tokens: int
-) -> Iterator[Batch]:
-    """Fixed windows spread evenly over the validation split, the same for every trial."""
-    raise NotImplementedError
+def validation_batches(prepared: PreparedData, seq_len: int, micro_batch_size: int, max_tokens: int) -> Iterator[Batch]:
+    """Fixed windows spread evenly over the validation split, the same for every trial.
+
+    Of the split's n = (tokens - 1) // S windows, m = min(n, max_tokens // S) are read: numbers floor(i * n / m). The
+    last batch may be smaller.
+
+    Raises:
+        DataError: The split is shorter than one window, or `max_tokens` holds none.
+    """
+    _check_window(prepared, "val", seq_len)
+    if max_tokens < seq_len:
+        raise DataError(f"max_tokens={max_tokens} of validation must hold a window of seq_len={seq_len}; raise it")
+    available = (prepared.num_val_tokens - 1) // seq_len
+    count = min(available, max_tokens // seq_len)
+    starts = np.arange(count) * available // count * seq_len
+    return (
+        windows(prepared.val, starts[i : i + micro_batch_size], seq_len, prepared.eos_id)
+        for i in range(0, count, micro_batch_size)
+    )
 
 
 def check_fits(prepared: PreparedData, vocab_size: int, seq_len: int) -> None:
-    """Raise ValueError where the model's vocabulary or sequence length does not fit the prepared data."""
-    raise NotImplementedError
+    """Check a model's vocabulary and sequence length against the prepared data.
+
+    Raises:
+        DataError: With the setting, its value, the rule and the nearest valid value.
+    """
+    if vocab_size < prepared.vocab_size:
+        raise DataError(
+            f"model.vocab_size={vocab_size} must be at least {prepared.vocab_size}, the ids of the tokenizer of "
+            f"{prepared.path}; set model.vocab_size={prepared.vocab_size} or prepare with a smaller data.vocab_size"
+        )
+    for split in SPLITS:
+        _check_window(prepared, split, seq_len)
+
+
+def _check_window(prepared: PreparedData, split: str, seq_len: int) -> None:
+    tokens = {"train": prepared.num_train_tokens, "val": prepared.num_val_tokens}[split]
+    if not 1 <= seq_len < tokens:
+        raise DataError(
+            f"model.seq_len={seq_len} must be at least 1 and at most {tokens - 1}: split {split} of {prepared.path} "
+            f"has {tokens} tokens, and a window is seq_len + 1 of them; lower model.seq_len or prepare more text"
+        )

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from train.corpus import Document, python_documents, python_identity
 from train.data import DataConfig, DataSource
@@ -69,7 +69,7 @@ def prepare(cfg: DataConfig) -> PreparedData:
     if folder is None:
         index = root / "index"
         index.mkdir(parents=True, exist_ok=True)
-        with FileLock(index / f"{key}.lock"):
+        with _locked(index / f"{key}.lock"):
             folder = _indexed_folder(root, key)
             if folder is None:
                 folder = _build(cfg, root, key)
@@ -88,6 +88,21 @@ def open_prepared(cfg: DataConfig) -> PreparedData:
             f"data.root={cfg.root} holds no data prepared with these settings; run python -m scripts.prepare_data"
         )
     return _open_checked(folder, cfg)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a file lock; say so when another process has it."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        print(f"waiting: another process prepares the same data ({path})", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _open_checked(folder: Path, cfg: DataConfig) -> PreparedData:
@@ -268,7 +283,14 @@ def _provenance(cfg: DataConfig, store: DocumentStore, duplicates: DedupResult) 
 def _progress() -> Iterator[Progress]:
     """Progress bars with the time left, on the terminal only."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(show_speed=True), TimeElapsedColumn(),

@@ -21,7 +21,6 @@ register_schema()
 def main(composed: DictConfig) -> None:
     """Compose, check, train."""
     try:
-        composed.pop("schema_version", None)
         config = resolve(from_dictconfig(composed))
         validate(config)
         identity = config_hash(config)

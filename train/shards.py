@@ -1,13 +1,14 @@
 """Memory-mapped token shards: write, verify, open.
 
-A prepared folder holds, per split, streams of token ids (`train-00000.bin`, little-endian uint16 or uint32, each document
-followed by the end-of-document id) with the documents' offsets beside them, the tokenizer, the compression table, and
-`manifest.json`, written last, with the SHA-256 of every other file. The fingerprint is the SHA-256 of the manifest
-without its provenance, so it covers every byte that training reads and every setting that led to it.
+A prepared folder holds, per split, streams of token ids (`train-00000.bin`, little-endian uint16 or uint32, each
+document followed by the end-of-document id) with the documents' offsets beside them, the tokenizer, the compression
+table, and `manifest.json`, written last, with the SHA-256 of every other file. The fingerprint is the SHA-256 of the
+manifest without its provenance, so it covers every byte that training reads and every setting that led to it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -278,10 +279,8 @@ def _verify_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
     for name, record in files.items():
         if _sha256(folder / name) != record["sha256"]:
             raise DataError(f"{folder / name} was altered: its SHA-256 is not that of {MANIFEST}; {_remedy(folder)}")
-    try:
-        write_json(stamp, found)  # type: ignore[arg-type]
-    except OSError:
-        pass  # a read-only folder is compared again next time
+    with contextlib.suppress(OSError):  # a read-only folder is compared again next time
+        write_json(stamp, found)
 
 
 def shard_records(shards: list[Shard]) -> list[dict[str, Any]]:

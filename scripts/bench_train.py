@@ -1,0 +1,219 @@
+"""Training step of the tiny MoE against Hugging Face's Dots1, and against the size of the memory table.
+
+    python -m scripts.bench_train [--threads 1] [--rounds 7]
+
+Everything is measured in one process, in interleaved rounds, and reported as medians and ratios: a shared machine is noisy,
+ratios within a round are not. The table goes to `benchmarks/results/`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.attention import AttentionConfig
+from models.engram import EngramConfig
+from models.loss import cross_entropy
+from models.memory_table import LocalTable, MemoryOptimConfig
+from models.moe import MoEConfig
+from models.ngram_hash import NgramHasher, num_rows
+from models.transformer import TransformerConfig
+from train.build import Memory, build_model
+from train.engine import Engine, EngineConfig, Precision
+from train.optim import OptimConfig
+
+BATCH, SEQ, VOCAB = 16, 256, 4096
+OUT = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+Step = Callable[[], float]
+
+
+def tiny() -> TransformerConfig:
+    """The shape both sides share."""
+    return TransformerConfig(
+        vocab_size=VOCAB,
+        seq_len=SEQ,
+        num_layers=4,
+        d_model=128,
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32, qk_norm=True),
+        moe=MoEConfig(num_experts=64, d_expert=64, num_shared_experts=2),
+    )
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Fixed ids with a Zipf-like spread, so that the router is neither uniform nor degenerate."""
+    generator = torch.Generator().manual_seed(0)
+    weights = 1.0 / torch.arange(1, VOCAB + 1)
+    ids = torch.multinomial(weights, BATCH * (SEQ + 1), replacement=True, generator=generator).view(BATCH, SEQ + 1)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def our_step(precision: Precision, rows_per_head: int | None = None) -> Step:
+    """Forward, backward, clipping and AdamW through our engine; with a memory table if `rows_per_head` is given."""
+    cfg = tiny()
+    memory = Memory(None, {})
+    if rows_per_head is not None:
+        cfg.engram = EngramConfig(layers=[1], table_size=rows_per_head)
+        hasher = NgramHasher(cfg.engram, torch.arange(VOCAB), pad_id=0)
+        table = LocalTable(num_rows(cfg.engram)[1], cfg.engram.row_dim, 0.02, 0, MemoryOptimConfig(), layer=1)
+        memory = Memory(hasher, {1: table})
+    model = build_model(cfg, 0, torch.device("cpu"))
+    engine_cfg = EngineConfig(precision=precision, num_threads=torch.get_num_threads())
+    engine = Engine(model, dict(memory.tables), OptimConfig(lr=1e-3), engine_cfg, BATCH, torch.device("cpu"))
+    ids, targets = batch()
+    documents = torch.zeros_like(ids)
+    draw = torch.Generator().manual_seed(1)
+
+    def step() -> float:
+        if memory.hasher is None:
+            inputs, row_ids = ids, {}
+        else:  # new n-grams at every step, so that rows are not found in the cache
+            inputs = torch.randint(0, VOCAB, ids.shape, generator=draw)
+            row_ids = memory.hasher(inputs, documents)
+        rows = memory.lookup(row_ids)
+        output = engine.forward(inputs, documents, rows)
+        nats, count = cross_entropy(output.logits, targets)
+        loss = nats / count + sum(output.aux_losses.values())
+        engine.backward(loss, row_ids, rows)
+        engine.step(1.0)
+        assert output.stats.expert_counts is not None
+        engine.model.update_expert_bias(output.stats.expert_counts)
+        return float(loss.detach())
+
+    return step
+
+
+def hugging_face_step(precision: Precision, experts: str, compiled: bool) -> Step:
+    """The same step with transformers' Dots1 (grouped-query attention, QK-norm, the same experts) and fused AdamW."""
+    from transformers import Dots1Config, Dots1ForCausalLM
+
+    torch.manual_seed(0)
+    config = Dots1Config(
+        vocab_size=VOCAB, hidden_size=128, intermediate_size=384, moe_intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, n_shared_experts=2, n_routed_experts=64,
+        num_experts_per_tok=4, first_k_dense_replace=0, n_group=1, topk_group=1, norm_topk_prob=True,
+        max_position_embeddings=SEQ, layer_types=["full_attention"] * 4, attn_implementation="sdpa",
+        experts_implementation=experts, use_cache=False,
+    )  # fmt: skip
+    model: Any = Dots1ForCausalLM(config)
+    model.train()
+    forward = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    ids, targets = batch()
+
+    def step() -> float:
+        with torch.autocast("cpu", torch.bfloat16) if precision is Precision.bf16 else nullcontext():
+            logits = forward(input_ids=ids).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
+def measure(steps: dict[str, Step], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
+    """Seconds of each step, in interleaved rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for name, step in steps.items():
+        for _ in range(warm_up):
+            loss = step()
+        print(f"  ready: {name} (loss {loss:.3f})", flush=True)
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def peers(precision: Precision, rounds: int, with_compile: bool) -> list[dict[str, Any]]:
+    """Rows of the table for one precision, the fastest peer marked."""
+    steps: dict[str, Step] = {"ours": our_step(precision)}
+    for experts in ("eager", "grouped_mm", "batched_mm"):
+        for compiled in (False, True) if with_compile else (False,):
+            name = f"Hugging Face Dots1, {experts}, {'compiled' if compiled else 'eager'}"
+            try:
+                candidate = hugging_face_step(precision, experts, compiled)
+                candidate()
+            except Exception as error:  # a peer's variant that does not run is reported, not hidden
+                print(f"  does not run: {name}: {type(error).__name__}: {str(error).splitlines()[0][:120]}", flush=True)
+                continue
+            steps[name] = candidate
+    seconds = measure(steps, rounds)
+    tokens = BATCH * SEQ
+    rows = [
+        {"precision": precision.value, "name": name, "tokens_per_second": tokens / statistics.median(times),
+         "ratio": statistics.median(t / o for t, o in zip(times, seconds["ours"], strict=True))}
+        for name, times in seconds.items()
+    ]  # fmt: skip
+    return rows
+
+
+def table_growth(precision: Precision, rounds: int) -> list[dict[str, Any]]:
+    """Whole training step at 1e5, 1e6 and 1e7 rows."""
+    heads = EngramConfig().num_hash_heads * 2
+    steps = {f"{rows:.0e} rows": our_step(precision, rows // heads) for rows in (10**5, 10**6, 10**7)}
+    seconds = measure(steps, rounds, warm_up=4)
+    names = list(steps)
+    result = []
+    for previous, name in zip([names[0], *names], names, strict=False):
+        ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[previous], strict=True))
+        median = statistics.median(seconds[name])
+        result.append({"rows": name, "milliseconds": 1e3 * median, "ratio_to_tenth": ratio})
+    return result
+
+
+def report(rows: list[dict[str, Any]], growth: list[dict[str, Any]], threads: int, rounds: int) -> str:
+    """The committed table."""
+    import transformers
+
+    lines = [
+        "# Training step on a CPU",
+        "",
+        f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores, {threads} thread(s), torch "
+        f"{torch.__version__}, transformers {transformers.__version__}; {BATCH} x {SEQ} tokens, d_model 128, 4 layers, 64 experts of "
+        f"width 64, top-4, two shared, vocabulary {VOCAB}; forward, backward, clipping, AdamW; median of {rounds} interleaved rounds.",
+        "",
+        "| precision | implementation | tokens/s | ours is faster by |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(f"| {row['precision']} | {row['name']} | {row['tokens_per_second']:.0f} | {row['ratio']:.2f} |")
+    for precision in dict.fromkeys(row["precision"] for row in rows):
+        best = min((r for r in rows if r["precision"] == precision and r["name"] != "ours"), key=lambda r: r["ratio"])
+        lines.append(f"\n**{precision}: {best['ratio']:.2f} times the best peer** ({best['name']}).")
+    lines += ["", "Whole training step against the number of rows of the memory table (new n-grams at every step):", ""]
+    lines += ["| table | milliseconds | ratio to a tenth of the rows |", "|---|---|---|"]
+    lines += [f"| {g['rows']} | {g['milliseconds']:.0f} | {g['ratio_to_tenth']:.3f} |" for g in growth]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled peers")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = [row for p in (Precision.bf16, Precision.fp32) for row in peers(p, args.rounds, not args.no_compile)]
+    growth = table_growth(Precision.bf16, args.rounds)
+    text = report(rows, growth, args.threads, args.rounds)
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / f"train_cpu_{args.threads}_threads.md").write_text(text)
+    (OUT / f"train_cpu_{args.threads}_threads.json").write_text(json.dumps({"peers": rows, "rows": growth}, indent=1))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

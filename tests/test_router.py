@@ -1,0 +1,150 @@
+"""Router decisions and balance against plain Python loops."""
+
+import math
+
+import pytest
+import torch
+
+from models.initialize import initialize
+from models.router import Router, RouterConfig, sequence_balance_loss
+from tests.tiny import relative_error
+
+
+def make(num_experts: int = 6, top_k: int = 2, d_model: int = 5, **settings: float) -> Router:
+    router = Router(RouterConfig(top_k=top_k, **settings), d_model, num_experts)
+    initialize(router, seed=0, init_std=1.0)
+    return router
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+@pytest.mark.parametrize("route_scale", [1.0, 2.5])
+def test_choice_and_gate_equal_a_loop(route_scale):
+    router = make(route_scale=route_scale)
+    router.expert_bias.copy_(torch.tensor([0.5, -0.5, 0.0, 0.3, -0.3, 0.1]))
+    x = torch.randn(2, 7, 5)
+    routing = router(x)
+    counts = [0] * 6
+    for t, token in enumerate(x.flatten(0, 1).tolist()):
+        scores = [sigmoid(sum(a * b for a, b in zip(token, row, strict=True))) for row in router.weight.tolist()]
+        biased = [s + b for s, b in zip(scores, router.expert_bias.tolist(), strict=True)]
+        chosen = sorted(range(6), key=lambda i: -biased[i])[:2]
+        assert sorted(routing.expert_ids[t].tolist()) == sorted(chosen)
+        for slot, expert in enumerate(routing.expert_ids[t].tolist()):
+            expected = route_scale * scores[expert] / sum(scores[i] for i in chosen)
+            assert routing.weights[t, slot].item() == pytest.approx(expected, rel=1e-5)
+            counts[expert] += 1
+    assert routing.counts.tolist() == counts
+    assert routing.counts.dtype == torch.int64
+
+
+def test_bias_changes_the_choice_but_never_the_gate_and_gets_no_gradient():
+    router = make()
+    x = torch.randn(1, 4, 5)
+    router.expert_bias.copy_(torch.tensor([9.0, 9.0, 0, 0, 0, 0]))
+    routing = router(x)
+    assert all(sorted(ids) == [0, 1] for ids in routing.expert_ids.tolist())
+    scores = (x[0] @ router.weight.t()).sigmoid()[:, :2]
+    expected = (scores / scores.sum(-1, keepdim=True)).gather(1, routing.expert_ids)
+    assert torch.allclose(routing.weights, expected, atol=1e-6)
+    routing.weights[:, 0].sum().backward()
+    assert router.expert_bias.grad is None and not router.expert_bias.requires_grad
+    assert "expert_bias" in router.state_dict()
+
+
+def test_scores_stay_fp32_under_autocast():
+    router = make(num_experts=32, top_k=3, d_model=64)
+    x = torch.randn(2, 9, 64)
+    plain = router(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = router(x)
+    assert cast.weights.dtype == torch.float32
+    assert torch.equal(plain.expert_ids, cast.expert_ids) and torch.equal(plain.weights, cast.weights)
+
+
+def brute_force_balance(scores: torch.Tensor, top_k: int) -> float:
+    """V3 eqs 17 to 20, sequence by sequence."""
+    total = 0.0
+    batch, seq_len, num_experts = scores.shape
+    for sequence in scores.tolist():
+        for expert in range(num_experts):
+            chosen = sum(expert in sorted(range(num_experts), key=lambda i: -row[i])[:top_k] for row in sequence)
+            fraction = num_experts / (top_k * seq_len) * chosen
+            share = sum(row[expert] / sum(row) for row in sequence) / seq_len
+            total += fraction * share
+    return total / batch
+
+
+def test_balance_loss_equals_a_loop_over_sequences():
+    scores = torch.rand(3, 8, 5)
+    assert float(sequence_balance_loss(scores, 2)) == pytest.approx(brute_force_balance(scores, 2), rel=1e-5)
+
+
+def test_balance_loss_ignores_the_bias_and_pushes_load_down():
+    router = make(sequence_balance_coef=0.5)
+    x = torch.randn(2, 6, 5)
+    before = router(x).balance_loss
+    router.expert_bias.copy_(torch.tensor([9.0, 9.0, 0, 0, 0, 0]))
+    assert torch.equal(router(x).balance_loss, before)
+    scores = (x @ router.weight.t()).sigmoid()
+    assert before.item() == pytest.approx(0.5 * brute_force_balance(scores.detach(), 2), rel=1e-5)
+    even = torch.full((1, 6, 4), 0.5)
+    assert float(sequence_balance_loss(even, 4)) == pytest.approx(1.0)
+    crowded = torch.tensor([0.9, 0.8, 0.1, 0.1]).expand(1, 6, 4)
+    assert float(sequence_balance_loss(crowded, 2)) > 1.5
+
+
+def test_balance_coefficient_zero_switches_the_loss_off():
+    loss = make(sequence_balance_coef=0.0)(torch.randn(1, 3, 5)).balance_loss
+    assert loss.item() == 0.0
+
+
+def test_entropy_is_that_of_the_normalised_scores():
+    router = make()
+    x = torch.randn(1, 4, 5)
+    scores = (x[0] @ router.weight.t()).sigmoid()
+    expected = 0.0
+    for row in scores.tolist():
+        expected -= sum(s / sum(row) * math.log(s / sum(row)) for s in row) / 4
+    entropy = router(x).entropy
+    assert float(entropy) == pytest.approx(expected, rel=1e-5)
+    assert not entropy.requires_grad
+
+
+def test_bias_moves_against_the_load_once_by_gamma():
+    router = make(num_experts=4, top_k=1, bias_update_rate=0.01)
+    router.update_expert_bias(torch.tensor([10, 0, 5, 5]))
+    assert router.expert_bias.tolist() == pytest.approx([-0.01, 0.01, 0.0, 0.0])
+
+
+def test_bias_update_evens_out_a_skewed_load():
+    router = make(num_experts=4, top_k=1, bias_update_rate=0.005)
+    x = torch.randn(4, 64, 5) + torch.tensor([1.0, 0, 0, 0, 0])
+    first = router(x).counts
+    for _ in range(300):
+        router.update_expert_bias(router(x).counts)
+    assert router(x).counts.max() < first.max() and router(x).counts.max() <= 1.25 * 64
+
+
+def test_bias_rests_where_every_expert_is_always_chosen():
+    router = make(num_experts=3, top_k=3)
+    routing = router(torch.randn(1, 5, 5))
+    router.update_expert_bias(routing.counts + torch.tensor([5, 0, 0]))
+    assert router.expert_bias.tolist() == [0.0, 0.0, 0.0]
+    assert routing.counts.tolist() == [5, 5, 5]
+    assert relative_error(routing.weights.sum(-1), torch.ones(5)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"bias_update_rate": -1.0}, "bias_update_rate=-1.0 must not be negative"),
+        ({"route_scale": 0.0}, "route_scale=0.0 must be positive"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RouterConfig(**settings)
