@@ -108,7 +108,7 @@ class SweepView:
         self._time = RemainingTime()
         self._ended: dict[str, Progress] = {}
         self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
-        self._last_update = 0.0
+        self._last_update = 0.0 if self._live is not None else time.monotonic()
 
     def __enter__(self) -> "SweepView":
         if self._live is not None:

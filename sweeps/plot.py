@@ -72,7 +72,7 @@ def allocation_png(fit: AllocationFit, points: Sequence[Point], controls: Sequen
     """
     finite = [point for point in points if np.isfinite(point.loss)]
     shifted = shifted_losses(finite, [point for point in controls if np.isfinite(point.loss)])
-    figure = Figure(figsize=(8.5, 5.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8.5, 6.2), dpi=150, layout="constrained")
     axes = figure.subplots()
     _draw_minimum(axes, fit)
     _draw_seeds(axes, shifted)
@@ -80,10 +80,10 @@ def allocation_png(fit: AllocationFit, points: Sequence[Point], controls: Sequen
     _draw_controls(axes, shifted)
     axes.set_title(title_of(fit), fontsize=12, loc="left")
     axes.set_xlabel(RHO_LABEL)
-    axes.set_ylabel("validation loss (nats per token), seeds' common shift removed")
+    axes.set_ylabel("validation loss (nats per token),\nseeds' common shift removed")
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     _write_bytes(path, buffer.getvalue())

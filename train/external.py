@@ -66,8 +66,6 @@ def external_documents(cfg: DataConfig) -> Iterator[Document]:
     if cfg.val_files:
         sources.append((_read_files(cfg, local_files(cfg.val_files, "val_files")), True))
     elif cfg.val_split is not None:
-        if cfg.path is None:
-            raise DataError(f"data.val_split={cfg.val_split} needs data.path; for local files give data.val_files")
         sources.append((_read_hub(cfg, cfg.val_split), True))
     for texts, held_out in sources:
         count = 0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from train import checkpoint
 from train.build import Memory, build_memory, build_model
-from train.data import open_prepared
+from train.prepare import open_prepared
 from train.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:

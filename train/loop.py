@@ -91,12 +91,14 @@ def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
     write_json(folder.path / "ds_config.json", engine.ds_config)
     average = WeightAverage(engine.model, memory.tables, cfg.ema_decay, max_steps) if cfg.ema_decay else None
     first_step, seconds_before = _resume(folder, engine, memory, average)
-    recorder = Recorder(folder.metrics, config.log, identity[:12], {"identity": identity}, first_step)
     statistics = StepStatistics(config.model, peak_flops(device, config.engine.precision.value))
     stop = _stop_on_signal()
     training_start = time.perf_counter()
 
-    with Progress(config.log.progress, folder.path.name, first_step, max_steps) as progress:
+    with (
+        Recorder(folder.metrics, config.log, identity[:12], {"identity": identity}, first_step) as recorder,
+        Progress(config.log.progress, folder.path.name, first_step, max_steps) as progress,
+    ):
         for step in range(first_step, max_steps):
             micro_batches, num_targets = _micro_batches(batches.batch(step), cfg.micro_batch_size, device)
             nats, expert_counts = 0.0, None
@@ -151,14 +153,12 @@ def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
                 _save(folder, done, seconds, cfg.keep_checkpoints, engine, memory, average)
                 statistics.restart_clock()
             if stopping and done < max_steps:
-                recorder.close()
                 folder.status("stopped", done, max_steps, "stopped by a signal; start it again to go on")
                 raise Stopped(f"stopped at step {done} of {max_steps}; the same command goes on from there")
 
-    train_seconds = seconds_before + time.perf_counter() - training_start
-    evaluation = _evaluate(config, engine, memory, average, prepared, device)
-    recorder.record(max_steps, {"val/loss": evaluation.loss, "val/bits_per_byte": evaluation.bits_per_byte})
-    recorder.close()
+        train_seconds = seconds_before + time.perf_counter() - training_start
+        evaluation = _evaluate(config, engine, memory, average, prepared, device)
+        recorder.record(max_steps, {"val/loss": evaluation.loss, "val/bits_per_byte": evaluation.bits_per_byte})
     if cfg.final_checkpoint:
         _save(folder, max_steps, train_seconds, cfg.keep_checkpoints, engine, memory, average)
     result = {

@@ -87,6 +87,12 @@ class Recorder:
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
 
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Flush everything to disk."""
         self._file.flush()

@@ -119,10 +119,12 @@ def _request_key(cfg: DataConfig) -> str:
     """Hex key of the settings and of what outside them decides the result, without reading any text."""
     settings: dict[str, Any] = {**asdict(cfg), "format": _FORMAT, "tokenizers": version("tokenizers")}
     del settings["root"], settings["fingerprint"]
-    if cfg.source is DataSource.python:
+    if cfg.source == DataSource.python:
         settings["versions"] = python_identity()
     else:
         files = [file for name in ("data_files", "val_files") for file in local_files(getattr(cfg, name), name)]
+        if cfg.path is not None and Path(cfg.path).is_dir():
+            files += sorted(file for file in Path(cfg.path).rglob("*") if file.is_file())
         settings["files"] = [_file_state(file) for file in files]
         settings["datasets"] = version("datasets")
     tokenizer = Path(cfg.tokenizer) if cfg.tokenizer else None
@@ -217,7 +219,7 @@ def _write(cfg: DataConfig, folder: Path, progress: Progress) -> str:
 
 
 def _documents(cfg: DataConfig) -> Iterator[Document]:
-    if cfg.source is DataSource.python:
+    if cfg.source == DataSource.python:
         return python_documents(cfg.val_packages, cfg.max_documents)
     return external_documents(cfg)
 
@@ -267,7 +269,7 @@ def _encode(
 def _provenance(cfg: DataConfig, store: DocumentStore, duplicates: DedupResult) -> dict[str, Any]:
     settings = {key: value for key, value in asdict(cfg).items() if key not in ("root", "fingerprint")}
     versions = {"python": sys.version.split()[0], "tokenizers": version("tokenizers")}
-    if cfg.source is DataSource.python:
+    if cfg.source == DataSource.python:
         versions |= python_identity()
     return {
         "settings": settings,

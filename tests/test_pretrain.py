@@ -1,0 +1,109 @@
+"""The command line: composed settings, clear messages, exit codes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.errors import ConfigCompositionException
+from omegaconf.errors import OmegaConfBaseException
+
+from train.config import Config, config_hash, from_dictconfig, load_config, register_schema, to_yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
+DATA = sorted(path.stem for path in (ROOT / "conf" / "data").glob("*.yaml"))
+
+
+def composed(*overrides: str) -> Config:
+    register_schema()
+    with initialize_config_module("conf", version_base="1.3"):
+        return from_dictconfig(compose("train", overrides=list(overrides)))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("data", DATA)
+def test_every_group_composes(model: str, data: str) -> None:
+    cfg = composed(f"model={model}", f"data={data}")
+    assert cfg.model.vocab_size == cfg.data.vocab_size
+
+
+def test_a_resolved_configuration_comes_back(tmp_path: Path) -> None:
+    cfg = composed("model=tiny_engram", "optim.kind=muon", "train.max_steps=7")
+    (tmp_path / "config.yaml").write_text(to_yaml(cfg))
+    back = load_config(tmp_path / "config.yaml")
+    assert back == cfg and config_hash(back) == config_hash(cfg)
+
+
+def test_identity_is_what_is_computed_not_where() -> None:
+    base = config_hash(composed())
+    assert config_hash(composed("run_dir=elsewhere", "log.tensorboard=true")) == base
+    assert config_hash(composed("seed=1")) != base
+    assert config_hash(composed("engine.num_threads=1")) != base
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("+train.max_step=5", "max_step"),
+        ("train.max_steps=many", "train.max_steps"),
+        ("optim.kind=sgd", "optim.kind"),
+        ("train.max_steps=0", "train.max_steps=0"),
+        ("engine.zero_stage=3", "engine.zero_stage=3"),
+        ("model.moe.num_experts=2", "num_experts=2"),
+    ],
+)
+def test_wrong_settings_are_named(override: str, named: str) -> None:
+    with pytest.raises((ValueError, OmegaConfBaseException, ConfigCompositionException), match=named):
+        composed(override)
+
+
+def pretrain(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "train.pretrain", *arguments]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_one_line_and_a_non_zero_exit(tmp_path: Path) -> None:
+    result = pretrain("train.max_steps=0", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_setting_from_the_shell(tmp_path: Path) -> None:
+    result = pretrain("train.max_stepz=5", cwd=tmp_path)
+    assert result.returncode != 0
+    assert "max_stepz" in result.stderr
+
+
+def test_a_run_repeats_from_its_folder_alone(tmp_path: Path) -> None:
+    settings = ["data=tiny", "data.max_documents=60", "data.vocab_size=320", "model.seq_len=32", "model.num_layers=1"]
+    settings += [
+        "model.moe.num_experts=4",
+        "train.micro_batch_size=2",
+        "train.global_batch_tokens=64",
+        "optim.kind=adamw",
+    ]
+    settings += ["train.max_steps=2", "train.eval_tokens=64", "schedule.warmup_steps=1", "run_dir=first"]
+    first = pretrain(*settings, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    line = first.stdout.strip().splitlines()[-1]
+    assert line.startswith("validation loss ")
+    again = pretrain(
+        "--config-path", str(tmp_path / "first"), "--config-name", "config", "run_dir=second", cwd=tmp_path
+    )
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.strip().splitlines()[-1].split(";")[0] == line.split(";")[0]
+    finished = pretrain("--config-path", str(tmp_path / "first"), "--config-name", "config", cwd=tmp_path)
+    assert finished.returncode == 0 and "first is finished" in finished.stdout
+    other = pretrain(*settings, "seed=1", cwd=tmp_path)
+    assert other.returncode == 2 and "another configuration" in other.stderr
+    spoken = subprocess.run(
+        [sys.executable, "-m", "train.generate", "first", "import "],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert spoken.returncode == 0, spoken.stderr
+    assert spoken.stdout.startswith("import ")
