@@ -104,9 +104,10 @@ class ShortConv(nn.Module):
 
 
 class Engram(nn.Module):
-    """v = W_V e, k_j = W_K^j e, gate_j = signed_sqrt_gate(<norm(h_j), norm(k_j)> / sqrt(D)), update = ShortConv(gate v).
+    """update_j = ShortConv(gate_j v) with gate_j = signed_sqrt_gate( <norm(h_j), norm(k_j)> / sqrt(D) ), eqs 3 to 6.
 
-    Eqs 3 to 6. One value projection serves all branches, each branch has its own key projection and norms.
+    v = W e and k_j = W_j e are projections of the retrieved rows e. One value projection serves all branches, each
+    branch has its own key projection and norms.
 
     Args:
         cfg: shape of rows and convolution.

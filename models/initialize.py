@@ -36,7 +36,7 @@ def initialize(model: nn.Module, seed: int, init_std: float | None = None) -> No
     Raises:
         RuntimeError: a parameter's name tells no rule, so that it would keep whatever its memory held.
     """
-    std = init_std if init_std is not None else model.cfg.init_std
+    std = init_std if init_std is not None else float(model.cfg.init_std)  # type: ignore[union-attr, arg-type]
     expert_stacks = {
         f"{name}.{key}" if name else key
         for name, module in model.named_modules()

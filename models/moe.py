@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.expert_kernels import check_grouped_mm_widths, swiglu_grouped_mm, swiglu_loop, swiglu_padded
+from models.expert_kernels import Bucket, check_grouped_mm_widths, swiglu_grouped_mm, swiglu_loop, swiglu_padded
 from models.feed_forward import SwiGLU
 from models.router import Router, RouterConfig
 
@@ -17,7 +17,7 @@ class ExpertKernel(str, Enum):
     """How the routed experts are multiplied; all give the same function, at different speed."""
 
     loop = "loop"  # one matmul per expert: the definition
-    padded = "padded"  # one batched matmul, every group padded to the fullest expert
+    padded = "padded"  # batched matmuls over experts of similar load, each group padded to the fullest of them
     grouped_mm = "grouped_mm"  # torch.nn.functional.grouped_mm
 
 
@@ -57,22 +57,24 @@ class MoEConfig:
 class Dispatched(NamedTuple):
     """Tokens laid out by expert, as `dispatch` returns them and `combine` takes them back.
 
-    Flat layout: `tokens` (T * K, D), expert 0's rows first. Padded layout: `tokens` (E, P, D), P the same for all
-    experts; rows beyond an expert's count repeat token 0 with weight 0, so that they change nothing.
+    Without padding: T * K rows, expert 0's first. With padding: experts from the fullest to the emptiest, cut into
+    buckets of similar load; rows beyond an expert's count repeat token 0 with weight 0, so that they change nothing.
     """
 
-    tokens: Tensor
+    tokens: Tensor  # (rows, D)
     counts: Tensor  # (E,) int64, rows per expert without padding
-    weights: Tensor  # gate value of every row, (T * K, 1) or (E, P, 1), in the type of `tokens`
-    slots: Tensor  # (T, K) int64, the row (of the flattened layout) of each token's k-th expert
+    weights: Tensor  # (rows, 1) gate value of every row, in the type of `tokens`
+    slots: Tensor  # (T, K) int64, the row of each token's k-th expert
     token_of_row: Tensor  # (rows,) int64, the token in each row
+    order: Tensor | None  # (E,) int64, experts as the rows are laid out; None without padding
+    buckets: list[Bucket]  # empty without padding
 
 
 class Dispatcher(Protocol):
     """Brings tokens to their experts and the experts' weighted outputs back."""
 
     def dispatch(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Dispatched:
-        """x (T, D), expert_ids (T, K) int64, weights (T, K) -> tokens grouped by expert, counts, and the way back."""
+        """Groups x (T, D) by the experts in expert_ids (T, K) int64; weights (T, K) are the gate values."""
         ...
 
     def combine(self, outputs: Tensor, dispatched: Dispatched) -> Tensor:
@@ -81,7 +83,7 @@ class Dispatcher(Protocol):
 
 
 class _Gather(torch.autograd.Function):
-    """Token and gate value of every row. Each token fills exactly K rows, so its gradient is a sum of K gathered rows."""
+    """Token and gate value of every row. A token fills exactly K rows, so its gradient is a sum of K gathered rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, slots: Tensor, token_of_row: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,16 +115,38 @@ class _Combine(torch.autograd.Function):
         return grads[0].index_select(0, token_of_row), None, None
 
 
+# Rows of a padded group. On CPU oneDNN builds a new bf16 kernel for every new number of rows (about 0.6 ms); on a
+# coarse grid they are soon all known.
+ROW_MULTIPLE = 64
+# A bucket takes experts down to this share of its fullest one: more buckets cost calls, fewer cost padding.
+BUCKET_RATIO = 0.75
+
+
+def make_buckets(sorted_counts: list[int]) -> list[Bucket]:
+    """Cut experts, sorted from the fullest to the emptiest, into runs of similar padded length.
+
+    Experts without rows are left out. With an untrained router the fullest expert can have ten times the mean load:
+    one batch padded to it would be mostly padding.
+    """
+    buckets: list[Bucket] = []
+    for expert, count in enumerate(sorted_counts):
+        length = -(-count // ROW_MULTIPLE) * ROW_MULTIPLE
+        if length == 0:
+            break
+        if buckets and length >= BUCKET_RATIO * buckets[-1].length:
+            buckets[-1] = buckets[-1]._replace(last=expert + 1)
+        else:
+            buckets.append(Bucket(expert, expert + 1, length))
+    return buckets
+
+
 class LocalDispatcher:
     """All experts on this process: a permutation, forward and backward made of gathers only.
 
     Args:
         num_experts: E.
-        padded: give every expert the same number of rows, P = the fullest expert's, rounded up to `ROW_MULTIPLE`.
+        padded: lay experts out in buckets (see `make_buckets`) instead of without gaps.
     """
-
-    # On CPU oneDNN builds a new bf16 kernel for every new number of rows; with a coarse grid they are soon all known.
-    ROW_MULTIPLE = 64
 
     def __init__(self, num_experts: int, padded: bool):
         self.num_experts = num_experts
@@ -135,11 +159,17 @@ class LocalDispatcher:
         counts = torch.bincount(flat_ids, minlength=self.num_experts)
         sorted_ids, pair_of_row = flat_ids.sort(stable=True)
         row = torch.arange(flat_ids.shape[0], device=x.device)
+        order, buckets = None, []
         if self.padded:
-            length = -(-int(counts.max()) // self.ROW_MULTIPLE) * self.ROW_MULTIPLE  # P
-            first_row = counts.cumsum(0) - counts
-            row = row + (torch.arange(self.num_experts, device=x.device) * length - first_row)[sorted_ids]
-            token_of_row = row.new_zeros(self.num_experts * length)
+            sorted_counts, order = counts.sort(descending=True, stable=True)
+            buckets = make_buckets(sorted_counts.tolist())
+            lengths = [length for first, last, length in buckets for _ in range(first, last)]
+            lengths += [0] * (self.num_experts - len(lengths))
+            padded_ends = torch.tensor(lengths, device=x.device).cumsum(0)
+            first_row = torch.empty_like(counts)  # of each expert, in the padded layout
+            first_row[order] = padded_ends - torch.tensor(lengths, device=x.device)
+            row = row + (first_row - (counts.cumsum(0) - counts))[sorted_ids]
+            token_of_row = row.new_zeros(int(padded_ends[-1]))
             token_of_row[row] = pair_of_row // top_k
         else:
             token_of_row = pair_of_row // top_k
@@ -147,14 +177,11 @@ class LocalDispatcher:
         slots[pair_of_row] = row
         slots = slots.view(num_tokens, top_k)
         tokens, row_weights = _Gather.apply(x, weights, slots, token_of_row)
-        if self.padded:
-            tokens = tokens.view(self.num_experts, -1, x.shape[1])  # (E, P, D)
-            row_weights = row_weights.view(self.num_experts, -1)
-        return Dispatched(tokens, counts, row_weights[..., None], slots, token_of_row)
+        return Dispatched(tokens, counts, row_weights[:, None], slots, token_of_row, order, buckets)
 
     def combine(self, outputs: Tensor, dispatched: Dispatched) -> Tensor:
         """Sums the K rows of every token."""
-        return _Combine.apply(outputs.flatten(0, -2), dispatched.slots, dispatched.token_of_row)
+        return _Combine.apply(outputs, dispatched.slots, dispatched.token_of_row)
 
 
 class Experts(nn.Module):
@@ -172,17 +199,16 @@ class Experts(nn.Module):
         """Weighted outputs, w_r * down(silu(gate(x_r)) * up(x_r)), in the layout of `dispatched.tokens`."""
         tokens, counts, weights = dispatched.tokens, dispatched.counts, dispatched.weights
         gate_up, down = self.gate_up.to(tokens.dtype), self.down.to(tokens.dtype)
-        if tokens.dim() == 3:
-            return swiglu_padded(tokens, weights, gate_up, down)
+        if dispatched.order is not None:
+            return swiglu_padded(tokens, weights, gate_up, down, dispatched.order, dispatched.buckets)
         if self.kernel is ExpertKernel.grouped_mm:
             return swiglu_grouped_mm(tokens, weights, counts, gate_up, down)
         return swiglu_loop(tokens, weights, counts, gate_up, down)
 
 
-class MoEOutput(NamedTuple):
-    """Result and statistics of one MoE layer; the scalars are those of `Routing`."""
+class MoEStats(NamedTuple):
+    """What one MoE layer reports beside its output; see `Routing`."""
 
-    update: Tensor  # (B, S, D)
     counts: Tensor  # (E,) int64
     balance_loss: Tensor
     entropy: Tensor
@@ -206,14 +232,14 @@ class MoE(nn.Module):
         padded = cfg.expert_kernel is ExpertKernel.padded
         self.dispatcher = dispatcher if dispatcher is not None else LocalDispatcher(cfg.num_experts, padded)
 
-    def forward(self, x: Tensor) -> MoEOutput:
-        """Args: x (B, S, D)."""
+    def forward(self, x: Tensor) -> tuple[Tensor, MoEStats]:
+        """Args: x (B, S, D). Returns: (B, S, D), and load, balance loss and entropy."""
         routing = self.router(x)
         x = x.to(compute_dtype(x))
         dispatched = self.dispatcher.dispatch(x.flatten(0, 1), routing.expert_ids, routing.weights)
         routed = self.dispatcher.combine(self.experts(dispatched), dispatched).view_as(x)
         update = routed if self.shared_expert is None else routed + self.shared_expert(x)
-        return MoEOutput(update, routing.counts, routing.balance_loss, routing.entropy)
+        return update, MoEStats(routing.counts, routing.balance_loss, routing.entropy)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

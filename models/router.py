@@ -95,8 +95,9 @@ class Router(nn.Module):
             balance_loss = cfg.sequence_balance_coef * sequence_balance_loss(scores, cfg.top_k)
         else:
             balance_loss = scores.new_zeros(())
-        share = flat.detach() / flat.detach().sum(-1, keepdim=True)
-        entropy = -torch.xlogy(share, share).sum(-1).mean()
+        # The floor keeps a score that underflowed to 0 from giving 0 * log 0.
+        share = (flat.detach() / flat.detach().sum(-1, keepdim=True)).clamp_min_(torch.finfo(torch.float32).tiny)
+        entropy = -(share * share.log()).sum(-1).mean()
         return Routing(expert_ids, weights, counts, balance_loss, entropy)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Decoder-only transformer: embed -> for each layer: [engram] -> attention -> feed-forward or experts -> norm -> head."""
+"""Decoder-only transformer: embed -> per layer: [engram] -> attention -> feed-forward or experts -> norm -> head."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -12,7 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from models.attention import Attention, AttentionConfig, attention_mask
 from models.engram import Engram, EngramConfig
 from models.feed_forward import SwiGLU
-from models.moe import MoE, MoEConfig, MoEOutput
+from models.moe import MoE, MoEConfig, MoEStats
+from models.norm import RMSNorm
+from models.router import Router
 
 
 class ActivationCheckpointing(str, Enum):
@@ -104,7 +106,7 @@ class BlockOutput(NamedTuple):
     """Hidden state and what the parts of one block report; None for parts the block lacks."""
 
     hidden: Tensor  # (B, S, D)
-    moe: MoEOutput | None
+    moe: MoEStats | None
     gate: Tensor | None  # (B, S, J), detached
 
 
@@ -115,20 +117,20 @@ class Block(nn.Module):
         super().__init__()
         has_engram = cfg.engram is not None and layer in cfg.engram.layers
         self.engram = Engram(cfg.engram, cfg.d_model, layer) if cfg.engram is not None and has_engram else None
-        self.attention_norm = nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
+        self.attention_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.attention = Attention(cfg.attention, cfg.d_model, cfg.seq_len, cfg.norm_eps)
-        self.feed_forward_norm = nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
+        self.feed_forward_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         moe_index = cfg.moe_index(layer)
+        self.moe: MoE | None = None
+        self.feed_forward: SwiGLU | None = None
         if cfg.moe is not None and moe_index is not None:
-            self.feed_forward = None
             self.moe = MoE(cfg.moe, cfg.d_model, cfg.moe.shared_width(moe_index))
         else:
             self.feed_forward = SwiGLU(cfg.d_model, cfg.d_ff)
-            self.moe = None
 
     def forward(self, hidden: Tensor, mask: Tensor, document_ids: Tensor, rows: Tensor | None) -> BlockOutput:
         """Args: hidden (B, S, D), mask (B, 1, S, S) bool, document_ids (B, S), rows (B, S, R, M) or None."""
-        gate, moe_output = None, None
+        gate, moe_stats = None, None
         if self.engram is not None and rows is not None:
             update, gate = self.engram(hidden[:, :, None], rows, document_ids)  # one residual branch, J = 1
             hidden = hidden + update[:, :, 0]
@@ -136,12 +138,11 @@ class Block(nn.Module):
         hidden = hidden + self.attention(self.attention_norm(hidden), mask)
         normed = self.feed_forward_norm(hidden)
         if self.moe is not None:
-            moe_output = self.moe(normed)
-            hidden = hidden + moe_output.update
-            moe_output = moe_output._replace(update=None)
-        else:
+            update, moe_stats = self.moe(normed)
+            hidden = hidden + update
+        elif self.feed_forward is not None:
             hidden = hidden + self.feed_forward(normed)
-        return BlockOutput(hidden, moe_output, gate)
+        return BlockOutput(hidden, moe_stats, gate)
 
 
 class Transformer(nn.Module):
@@ -152,12 +153,10 @@ class Transformer(nn.Module):
         self.cfg = cfg
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
-        self.norm = nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
+        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.head = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
 
-    def forward(
-        self, token_ids: Tensor, document_ids: Tensor, memory_rows: dict[int, Tensor] | None = None
-    ) -> Output:
+    def forward(self, token_ids: Tensor, document_ids: Tensor, memory_rows: dict[int, Tensor] | None = None) -> Output:
         """Logits of the next token at every position.
 
         Args:
@@ -185,7 +184,7 @@ class Transformer(nn.Module):
         Args:
             expert_counts: (num_moe_layers, E), summed over the step's micro-batches and ranks.
         """
-        routers = [block.moe.router for block in self.blocks if block.moe is not None]
+        routers = [module for module in self.modules() if isinstance(module, Router)]
         for router, counts in zip(routers, expert_counts, strict=True):
             router.update_expert_bias(counts)
 

@@ -106,9 +106,8 @@ def _control_sentence(gain: Gain) -> str:
     what = CONTROLS[gain.kind]
     if gain.kind == "one_row_pure" and gain.arm_rho == gain.reference_rho:
         outcome = "helps" if gain.interval.high < 0 else "hurts" if gain.interval.low > 0 else "is not shown to matter"
-        return (
-            f"At rho = 1 the module's path alone, without memory, {outcome}: pure MoE is ahead by {signed_nats(gain)}."
-        )
+        change = signed_nats(gain)
+        return f"At rho = 1 the module's path alone, without memory, {outcome}: it changes the loss by {change}."
     if gain.shown:
         return f"Memory beats its control at rho = {gain.arm_rho:.3g}, {what}: gain {signed_nats(gain)}."
     outcome = "is worse than" if gain.interval.high < 0 else "is not shown to beat"

@@ -108,7 +108,8 @@ def _verdict(shape: ShapeTest, forms: Sequence[FormFit]) -> Verdict:
     """Which shape the test supports."""
     if shape.p_interior <= ALPHA:
         return Verdict.interior_minimum if any(form.interior for form in forms) else Verdict.minimum_at_edge
-    falls, rises = shape.p_fall <= ALPHA, shape.p_rise <= ALPHA
+    falls = min(shape.p_fall, shape.p_late_fall) <= ALPHA
+    rises = min(shape.p_rise, shape.p_early_rise) <= ALPHA
     if falls and rises:
         return Verdict.irregular
     if falls:

@@ -27,10 +27,11 @@ from train.engine import Precision
 from train.shards import PreparedData
 
 # Sustained training FLOP/s of one CPU thread and of one GPU, for the first estimate of a sweep only: finished trials
-# of the same sweep replace it. Own measurement of the tiny model's whole step on a two-core AVX-512/AMX Xeon.
-FLOPS_PER_THREAD = {Precision.fp32: 4.0e10, Precision.bf16: 6.0e10}
+# of the same sweep replace it. CPU: 5.0e3 tokens/s of a tiny MoE at 8.5e6 FLOPs each, the whole step on one thread of
+# an AVX-512 Xeon, in fp32 and bf16 alike. GPU: a guess, 5 % of the 1e15 FLOP/s bf16 peak in data sheets.
+FLOPS_PER_THREAD = 4.0e10
 FLOPS_PER_GPU = 5.0e13
-STARTUP_SECONDS = 15.0  # imports, opening the data, building the model
+STARTUP_SECONDS = 6.0  # imports, opening the data, building the model; measured 4 to 7 s beside another trial
 # fp32 weight and two Adam moments; weight averages add another fp32 copy.
 CHECKPOINT_BYTES_PER_PARAM = 12
 # Resident bytes of a training process: weight, gradient, two moments in fp32 per parameter, and the libraries.
@@ -60,6 +61,7 @@ class Planner:
         tokens_per_second: Sequence[float] = (),
     ) -> None:
         self._sweep = sweep
+        self._provenance = dict(prepared.provenance) if prepared is not None else {}
         self._num_train_tokens = prepared.num_train_tokens if prepared is not None else None
         self._tokens_per_second = list(tokens_per_second)
         self._base = copy.deepcopy(base)
@@ -104,6 +106,7 @@ class Planner:
             trials=trials,
             pending=self._pending(),
             notes=self._notes(),
+            provenance=self._provenance,
         )
 
     def second_stage(self, plan: Plan, val_losses: dict[str, float]) -> Plan:
@@ -188,7 +191,7 @@ class Planner:
         if self._tokens_per_second:
             return STARTUP_SECONDS + tokens / statistics.median(self._tokens_per_second)
         engine = self._base.engine
-        rate = FLOPS_PER_GPU if self._machine.gpus else FLOPS_PER_THREAD[engine.precision] * engine.num_threads
+        rate = FLOPS_PER_GPU if self._machine.gpus else FLOPS_PER_THREAD * engine.num_threads
         return STARTUP_SECONDS + tokens * training_flops_per_token / rate
 
     def _identity(self) -> dict[str, Any]:

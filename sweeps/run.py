@@ -22,7 +22,7 @@ from sweeps.live import duration
 from sweeps.plan import Planner
 from sweeps.plan_table import plan_table
 from sweeps.processes import FolderBusyError
-from sweeps.report import build_report
+from sweeps.report import build_report, read_conclusion
 from sweeps.runner import Command, Summary, peak_disk_bytes, pretrain_command, run_trials
 from sweeps.settings import SweepConfig, sweep_folder
 from sweeps.trial import Plan, differing_settings, read_plan, write_plan
@@ -61,6 +61,9 @@ def main(composed: DictConfig) -> None:
     except (ValueError, OSError, FolderBusyError, OmegaConfBaseException) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_SETTINGS)
+    except KeyboardInterrupt:
+        print("stopped before any trial was started", file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
 
 
 def from_dictconfig(composed: DictConfig) -> SweepRoot:
@@ -85,6 +88,7 @@ def act(root: SweepRoot, command: Command = pretrain_command) -> int:
         return 0
     make_plan(root, None, folder)  # wrong settings are found before the data are prepared, which takes minutes
     planner, plan = make_plan(root, prepare(root.data), folder)
+    plan.command = ["python", "-m", "sweeps.run", *sys.argv[1:]]
     write_plan(plan, folder)
     _show(plan, folder, console)
     try:
@@ -141,7 +145,13 @@ def _run(planner: Planner, plan: Plan, folder: Path, command: Command) -> Summar
     """Run all stages; a stage begins when the trials it depends on have finished."""
     while True:
         summary = run_trials(
-            plan.trials, folder, plan.jobs, plan.keep_checkpoints, command, num_gpus=torch.cuda.device_count()
+            plan.trials,
+            folder,
+            plan.jobs,
+            plan.keep_checkpoints,
+            command,
+            num_gpus=torch.cuda.device_count(),
+            on_end=lambda: collect(folder),
         )
         longer = planner.second_stage(plan, val_losses(plan, folder))
         if len(longer.trials) == len(plan.trials):
@@ -169,9 +179,9 @@ def _show(plan: Plan, folder: Path, console: Console) -> None:
 def _report(folder: Path, console: Console) -> None:
     """Collect, build the report; the last lines are the conclusion in words and the report's path."""
     collect(folder)
-    conclusion = build_report(folder)
-    console.print(conclusion, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"report: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
+    path = build_report(folder)
+    for line in (read_conclusion(folder), f"report: {path}"):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ and a whole `result.json`; in any other case it is started, and the trial itself
 Hence the same command is right after Ctrl-C, after `kill -9` of the runner or of a trial, and after a reboot.
 """
 
+import os
 import shutil
 import signal
 import subprocess
@@ -85,6 +86,7 @@ def run_trials(
     keep_checkpoints: str = "none",
     command: Command = pretrain_command,
     num_gpus: int = 0,
+    on_end: Callable[[], object] = lambda: None,
 ) -> Summary:
     """Run every trial that is not finished, `jobs` at once, the longest first; returns when all have ended.
 
@@ -95,6 +97,7 @@ def run_trials(
         keep_checkpoints: `none` removes a finished trial's checkpoints, `last` leaves them.
         command: trial folder -> command line.
         num_gpus: above 0, the trial in place i sees only GPU i modulo `num_gpus`.
+        on_end: called after each trial has ended, well or not.
 
     Raises:
         FolderBusyError: another runner works here.
@@ -115,7 +118,7 @@ def run_trials(
                 view.say(f"{len(finished)} of {len(trials)} trials are finished already")
             _stop_left_over(waiting, sweep_dir, view)
             loop = _Loop(sweep_dir, jobs, keep_checkpoints, command, num_gpus, view)
-            summary = loop.run(waiting)
+            summary = loop.run(waiting, on_end)
         return Summary([*finished, *summary.finished], summary.failed)
 
 
@@ -134,7 +137,7 @@ class _Loop:
         self._running: list[_Running] = []
         self._summary = Summary()
 
-    def run(self, trials: Sequence[Trial]) -> Summary:
+    def run(self, trials: Sequence[Trial], on_end: Callable[[], object]) -> Summary:
         waiting = list(trials)
         try:
             while waiting or self._running:
@@ -143,6 +146,7 @@ class _Loop:
                 for entry in [entry for entry in self._running if entry.process.poll() is not None]:
                     self._running.remove(entry)
                     self._end(entry)
+                    on_end()
                 self._view.update([entry.trial for entry in self._running], waiting)
                 time.sleep(POLL_SECONDS)
         finally:
@@ -160,7 +164,7 @@ class _Loop:
         log = folder / "log.txt"
         log_start = log.stat().st_size if log.is_file() else 0
         place = min(set(range(self._jobs)) - {entry.place for entry in self._running})
-        extra = {"CUDA_VISIBLE_DEVICES": str(place % self._num_gpus)} if self._num_gpus else {}
+        extra = {"CUDA_VISIBLE_DEVICES": visible_gpu(place, self._num_gpus)} if self._num_gpus else {}
         process = start_process(self._command(folder), log, trial.num_threads, extra)
         self._view.say(f"{'resumed' if resumes else 'started'}  {label(trial)}  ({trial.trial_id})")
         return _Running(trial, process, place, log_start, time.monotonic())
@@ -204,6 +208,12 @@ class _Loop:
         for entry in self._running:
             entry.process.wait()
         self._running.clear()
+
+
+def visible_gpu(place: int, num_gpus: int) -> str:
+    """CUDA_VISIBLE_DEVICES of the trial in this place: one of the GPUs that the sweep itself may use."""
+    allowed = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return allowed[place % len(allowed)] if allowed else str(place % num_gpus)
 
 
 def _reason(returncode: int) -> str:

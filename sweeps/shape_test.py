@@ -32,8 +32,10 @@ class ShapeTest:
 
     Attributes:
         p_interior: p-value against "non-increasing or non-decreasing in rho": accepted as a U when <= `ALPHA`.
-        p_fall: p-value against "non-decreasing in rho": small when the loss falls somewhere.
-        p_rise: p-value against "non-increasing in rho": small when the loss rises somewhere.
+        p_fall: p-value against "non-decreasing in rho" from falls that begin at the smallest rho.
+        p_rise: p-value against "non-increasing in rho" from rises that end at the largest rho.
+        p_late_fall: As `p_fall`, from falls that end at the largest rho.
+        p_early_rise: As `p_rise`, from rises that begin at the smallest rho.
         turning_index: Arm at which the evidence for fall-then-rise is strongest.
         df: Degrees of freedom of the noise.
     """
@@ -41,6 +43,8 @@ class ShapeTest:
     p_interior: float
     p_fall: float
     p_rise: float
+    p_late_fall: float
+    p_early_rise: float
     turning_index: int
     df: int
 
@@ -134,10 +138,13 @@ class ShapeNull:
     def test(self, means: np.ndarray, sigma: np.ndarray) -> list[ShapeTest]:
         """Test N curves at once: `means` (N, R) in order of rho, `sigma` (N,)."""
         fall, rise = self.p_values(means, sigma)
+        # normal noise is symmetric: the curve upside down has the same null, and its falls are rises
+        early_rise, late_fall = self.p_values(-means, sigma)
         both = np.maximum(fall, rise)[:, 1:-1]  # the turning point has arms on either side
         at = both.argmin(axis=1)
+        smallest = [p.min(axis=1) for p in (fall, rise, late_fall, early_rise)]
         return [
-            ShapeTest(float(both[i, at[i]]), float(fall[i].min()), float(rise[i].min()), int(at[i]) + 1, self.df)
+            ShapeTest(float(both[i, at[i]]), *(float(p[i]) for p in smallest), int(at[i]) + 1, self.df)
             for i in range(len(means))
         ]
 

@@ -75,6 +75,8 @@ class Plan:
     trials: list[Trial] = field(default_factory=list)
     pending: list[str] = field(default_factory=list)  # in words: trials that can only be planned after the arms
     notes: list[str] = field(default_factory=list)  # choices made for the user, in words
+    provenance: dict[str, Any] = field(default_factory=dict)  # of the prepared data
+    command: list[str] = field(default_factory=list)  # that the sweep was last started with
 
 
 def trial_id(config: dict[str, Any]) -> str:

@@ -90,7 +90,7 @@ def test_paper_scale_27b_memory_and_experts():
 
 def torch_conv(self: engram_module.ShortConv, values: torch.Tensor, document_ids: torch.Tensor) -> torch.Tensor:
     """The short convolution as torch's conv1d, which the FLOP counter sees; documents play no part in its cost."""
-    batch, seq_len, branches, width = values.shape
+    branches, width = values.shape[2:]
     normed = F.rms_norm(values, (width,), eps=self.eps) * self.norm
     padded = F.pad(normed.flatten(2).transpose(1, 2), ((self.kernel_size - 1) * self.dilation, 0))
     weight = self.taps.flatten(1).t()[:, None]

@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from models.attention import Attention, AttentionConfig, attention_mask, rotary_tables, rotate
+from models import attention as attention_module
+from models.attention import Attention, AttentionConfig, attention_mask, masked_attention, rotary_tables, rotate
 from models.initialize import initialize
+from models.norm import RMSNorm
 from tests.tiny import relative_error
 
 
@@ -29,7 +32,7 @@ def brute_force(attention: Attention, x: torch.Tensor, document_ids: torch.Tenso
     x = x.double()
     projected = x @ attention.qkv.weight.double().t()
 
-    def norm(vector: torch.Tensor, module: torch.nn.RMSNorm | None) -> torch.Tensor:
+    def norm(vector: torch.Tensor, module: RMSNorm | None) -> torch.Tensor:
         if module is None:
             return vector
         return vector / (vector.square().mean() + module.eps).sqrt() * module.weight.double()
@@ -80,6 +83,35 @@ def test_attention_equals_a_loop_over_positions_and_heads(cfg):
     assert relative_error(out, brute_force(attention, x, document_ids)) < 1e-5
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shape", [(2, 4, 2, 33, 6), (1, 3, 3, 1, 2), (3, 6, 1, 17, 8)])
+def test_cpu_path_equals_torch_in_output_and_gradients(shape, dtype, tolerance):
+    batch, heads, kv_heads, seq_len, width = shape
+    exact = [torch.randn(batch, n, seq_len, width).to(dtype).float() for n in (heads, kv_heads, kv_heads)]
+    mask = attention_mask(torch.randint(0, 3, (batch, seq_len)).sort(dim=1).values)
+    upstream = torch.randn(batch, heads, seq_len, width)
+    results = []
+    for cast, function in (
+        (dtype, masked_attention),
+        (torch.float64, lambda *qkv: F.scaled_dot_product_attention(*qkv[:3], attn_mask=qkv[3], enable_gqa=True)),
+    ):
+        inputs = [tensor.detach().clone().to(cast).requires_grad_() for tensor in exact]
+        out = function(*inputs, mask)
+        out.backward(upstream.to(cast))
+        results.append([out, *(tensor.grad for tensor in inputs)])
+    for name, actual, expected in zip(("output", "query", "key", "value"), *results, strict=True):
+        if expected.abs().max() > 1e-12:  # a single position has no gradient in query and key
+            assert relative_error(actual, expected) < tolerance, name
+
+
+def test_long_sequences_take_torchs_kernel_with_the_same_result(monkeypatch):
+    query, key = torch.randn(2, 4, 20, 8), torch.randn(2, 2, 20, 8)
+    mask = attention_mask(torch.zeros(2, 20, dtype=torch.int64))
+    short = masked_attention(query, key, key, mask)
+    monkeypatch.setattr(attention_module, "MATERIALIZE_UP_TO", 19)
+    assert relative_error(masked_attention(query, key, key, mask), short) < 1e-5
+
+
 def test_mask_is_causal_and_ends_at_documents():
     mask = attention_mask(torch.tensor([[7, 7, 9]]))
     assert mask.tolist() == [[[[True, False, False], [True, True, False], [False, False, True]]]]
@@ -89,7 +121,7 @@ def test_mask_is_causal_and_ends_at_documents():
 def test_rotation_equals_llama(theta):
     heads, width, seq_len = 3, 8, 11
     x = torch.randn(2, seq_len, heads, width)
-    cos, sin = rotary_tables(seq_len, width, theta)[:, :, None]
+    tables = rotary_tables(seq_len, width, theta)
     config = LlamaConfig(
         hidden_size=heads * width,
         num_attention_heads=heads,
@@ -98,13 +130,18 @@ def test_rotation_equals_llama(theta):
     positions = torch.arange(seq_len)[None]
     llama_cos, llama_sin = LlamaRotaryEmbedding(config)(x, positions)
     expected, _ = apply_rotary_pos_emb(x.transpose(1, 2), x.transpose(1, 2), llama_cos, llama_sin)
-    assert relative_error(rotate(x, cos, sin), expected.transpose(1, 2)) < 1e-6
+    assert relative_error(rotate(x, tables), expected.transpose(1, 2)) < 1e-6
+
+
+def test_rotation_gradient_is_the_rotation_back():
+    x = torch.randn(2, 5, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: rotate(t, rotary_tables(5, 4, 10.0)), (x,))
 
 
 def test_scores_depend_on_the_distance_only():
-    cos, sin = rotary_tables(32, 8, 100.0)[:, :, None]
+    tables = rotary_tables(32, 8, 100.0)
     query, key = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
-    turned_query, turned_key = rotate(query.expand(1, 32, 1, 8), cos, sin), rotate(key.expand(1, 32, 1, 8), cos, sin)
+    turned_query, turned_key = rotate(query.expand(1, 32, 1, 8), tables), rotate(key.expand(1, 32, 1, 8), tables)
     at_5 = (turned_query[0, 5] * turned_key[0, 2]).sum()
     at_25 = (turned_query[0, 25] * turned_key[0, 22]).sum()
     assert torch.allclose(at_5, at_25, atol=1e-5)

@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 
 import yaml
-from tests.test_runner import make_trial
 
 from sweeps.collect import COLUMNS, collect, rows, speeds, val_losses
 from sweeps.trial import Plan, Trial, trial_dir, write_plan
+from tests.test_runner import make_trial
 
 RESULT = {"val_loss": 4.25, "val_bits_per_byte": 1.75, "train_seconds": 61.5, "tokens_per_second": 5000.0}
 # docs/plan.md: the columns other tools may rely on

@@ -1,7 +1,5 @@
 """Batches against a brute-force reading of the stream, and what does not fit the shards."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -36,9 +34,7 @@ def brute_force_window(stream: list[int], start: int, seq_len: int) -> tuple[lis
 
 
 def rows(batch: Batch) -> list[tuple[list[int], list[int], list[int]]]:
-    return list(
-        zip(batch.token_ids.tolist(), batch.targets.tolist(), batch.document_ids.tolist(), strict=True)
-    )
+    return list(zip(batch.token_ids.tolist(), batch.targets.tolist(), batch.document_ids.tolist(), strict=True))
 
 
 def test_an_epoch_is_every_window_once_as_brute_force_reads_it(prepared: PreparedData) -> None:
@@ -112,7 +108,9 @@ def test_what_does_not_fit_is_refused_with_a_remedy(prepared: PreparedData) -> N
     longest = prepared.num_val_tokens - 1
     assert longest < prepared.num_train_tokens - 1
     check_fits(prepared, 50, longest)
-    with pytest.raises(DataError, match=rf"model\.seq_len={longest + 1} must be at least 1 and at most {longest}: split val"):
+    with pytest.raises(
+        DataError, match=rf"model\.seq_len={longest + 1} must be at least 1 and at most {longest}: split val"
+    ):
         check_fits(prepared, 50, longest + 1)
     with pytest.raises(DataError, match="split train"):
         TrainBatches(prepared, prepared.num_train_tokens, 1, 0)

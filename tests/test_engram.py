@@ -59,9 +59,7 @@ def in_our_layout(name: str, parts: list[Tensor], branches: int, d_model: int) -
 
 
 def golden_row_ids(golden: dict, tensors: dict[str, Tensor], layer: int) -> Tensor:
-    sizes = prime_table_sizes(
-        golden["engram_vocab_size"], golden["n_head_per_ngram"], golden["layer_ids"]
-    )
+    sizes = prime_table_sizes(golden["engram_vocab_size"], golden["n_head_per_ngram"], golden["layer_ids"])
     multipliers = layer_multipliers(golden["seed"], layer, golden["max_ngram_size"], golden["compressed_vocab"])
     compressed = tensors["lookup_table"][tensors["input_ids"]]
     pad_id = int(tensors["lookup_table"][golden["pad_id"]])

@@ -102,7 +102,7 @@ def test_lazy_differs_from_dense_where_rows_rest():
             assert relative_error(table.weight, parameter) < 1e-6
             after_first = parameter[0].detach().clone()
     assert all(torch.equal(row, rested[0]) for row in rested)
-    assert float((parameter[0] - after_first).abs().min()) > 0.5 * float((after_first - start[0]).abs().max())
+    assert (parameter[0] - after_first).abs().min() > 0.5 * (after_first - start[0]).abs().max()
 
 
 def test_accumulations_merge_and_clip_before_the_moments():

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.expert_kernels import Bucket
 from models.initialize import initialize
-from models.moe import Dispatched, ExpertKernel, Experts, LocalDispatcher, MoE, MoEConfig
+from models.moe import ROW_MULTIPLE, Dispatched, ExpertKernel, Experts, LocalDispatcher, MoE, MoEConfig, make_buckets
 from models.router import RouterConfig
 from tests.tiny import relative_error
 
@@ -118,9 +119,18 @@ def test_dispatch_groups_tokens_by_expert():
     assert torch.equal(flat.tokens, x[flat.token_of_row])
     assert flat.weights[:, 0].tolist() == [1, 4, 3, 6, 0, 2, 5, 7]
     padded = LocalDispatcher(3, padded=True).dispatch(x, expert_ids, weights)
-    assert padded.tokens.shape == (3, LocalDispatcher.ROW_MULTIPLE, 2)
-    assert torch.equal(padded.tokens[2, :4], x) and torch.equal(padded.tokens[1, :2], x[[1, 3]])
-    assert padded.weights[0, :, 0].tolist() == [1, 4] + [0] * (LocalDispatcher.ROW_MULTIPLE - 2)
+    assert padded.order is not None and padded.order.tolist() == [2, 0, 1]  # 4, 2 and 2 rows
+    assert padded.buckets == [Bucket(0, 3, ROW_MULTIPLE)]
+    rows, row_weights = padded.tokens.view(3, ROW_MULTIPLE, 2), padded.weights.view(3, ROW_MULTIPLE)
+    assert torch.equal(rows[0, :4], x) and torch.equal(rows[2, :2], x[[1, 3]])
+    assert row_weights[1].tolist() == [1, 4] + [0] * (ROW_MULTIPLE - 2)
+
+
+def test_buckets_hold_similar_loads_and_leave_out_empty_experts():
+    assert make_buckets([500, 400, 330, 129, 128, 64, 1, 0, 0]) == [
+        Bucket(0, 3, 512), Bucket(3, 4, 192), Bucket(4, 5, 128), Bucket(5, 7, 64),
+    ]  # fmt: skip
+    assert make_buckets([0, 0]) == []
 
 
 def make_moe(kernel: ExpertKernel, shared_width: int = 12, num_experts: int = 6) -> MoE:
@@ -135,7 +145,7 @@ def make_moe(kernel: ExpertKernel, shared_width: int = 12, num_experts: int = 6)
 def test_layer_is_shared_plus_weighted_routed_experts(kernel, shared_width):
     moe = make_moe(kernel, shared_width)
     x = torch.randn(3, 7, 24)
-    out = moe(x)
+    update, stats = moe(x)
     routing = moe.router(x)
     expected = brute_force(moe.experts, x.flatten(0, 1), routing.expert_ids, routing.weights).view_as(x)
     if shared_width:
@@ -143,8 +153,8 @@ def test_layer_is_shared_plus_weighted_routed_experts(kernel, shared_width):
         expected = expected + (F.silu(gate) * up) @ moe.shared_expert.down.weight.t()
     else:
         assert moe.shared_expert is None
-    assert relative_error(out.update, expected) < 1e-5
-    assert int(out.counts.sum()) == 3 * 7 * 2
+    assert relative_error(update, expected) < 1e-5
+    assert int(stats.counts.sum()) == 3 * 7 * 2
 
 
 @pytest.mark.parametrize("kernel", [ExpertKernel.padded, ExpertKernel.grouped_mm])
@@ -155,9 +165,9 @@ def test_layer_gradients_equal_the_loop_under_autocast(kernel):
         moe = make_moe(choice)
         x = torch.randn(2, 33, 24, requires_grad=True)
         with torch.autocast("cpu", torch.bfloat16):
-            out = moe(x)
-        assert out.update.dtype == torch.bfloat16
-        out.update.float().square().sum().backward()
+            update, _ = moe(x)
+        assert update.dtype == torch.bfloat16
+        update.float().square().sum().backward()
         results.append({"x": x.grad, **{name: p.grad for name, p in moe.named_parameters()}})
     for name, expected in results[1].items():
         assert results[0][name].dtype == torch.float32
@@ -170,7 +180,7 @@ def test_one_expert_is_a_plain_feed_forward():
     initialize(moe, seed=0, init_std=0.4)
     x = torch.randn(2, 5, 24)
     gate, up = (x @ moe.experts.gate_up[0]).chunk(2, -1)
-    assert relative_error(moe(x).update, (F.silu(gate) * up) @ moe.experts.down[0]) < 1e-5
+    assert relative_error(moe(x)[0], (F.silu(gate) * up) @ moe.experts.down[0]) < 1e-5
 
 
 def test_equal_runs_are_equal_to_the_bit():
@@ -178,7 +188,7 @@ def test_equal_runs_are_equal_to_the_bit():
     for _ in range(2):
         torch.manual_seed(0)
         moe = make_moe(ExpertKernel.padded)
-        moe(torch.randn(2, 50, 24)).update.square().sum().backward()
+        moe(torch.randn(2, 50, 24))[0].square().sum().backward()
         gradients.append([p.grad for p in moe.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
@@ -196,7 +206,7 @@ def test_a_foreign_dispatcher_may_stand_in():
     foreign = MoE(MoEConfig(6, 16, router=RouterConfig(top_k=2)), 24, 12, dispatcher)
     foreign.load_state_dict(own.state_dict())
     x = torch.randn(2, 5, 24)
-    assert relative_error(foreign(x).update, own(x).update) < 1e-6
+    assert relative_error(foreign(x)[0], own(x)[0]) < 1e-6
     assert dispatcher.calls == 1
 
 

@@ -161,7 +161,7 @@ def test_multipliers_are_odd_bounded_and_differ_by_layer():
     seen = []
     for layer in range(4):
         multipliers = layer_multipliers(3, layer, 4, 1000)
-        assert all(m % 2 == 1 and 0 < m and 999 * int(m) <= INT64_MAX for m in multipliers.tolist())
+        assert all(m % 2 == 1 and m > 0 and 999 * int(m) <= INT64_MAX for m in multipliers.tolist())
         seen.append(tuple(multipliers.tolist()))
     assert len(set(seen)) == 4
     assert layer_multipliers(3, 1, 4, 1000).tolist() == list(seen[1])

@@ -15,7 +15,7 @@ from models.accounting import count_parameters, flops_per_token
 from models.engram import EngramConfig
 from models.moe import MoEConfig
 from models.transformer import TransformerConfig
-from sweeps.plan import Machine, Planner
+from sweeps.plan import STARTUP_SECONDS, Machine, Planner
 from sweeps.plan_table import plan_table, short
 from sweeps.settings import KeepCheckpoints, SweepConfig
 from sweeps.trial import Plan, Trial, TrialKind, read_plan, trial_id, write_plan
@@ -145,7 +145,7 @@ def _model_of(plain: dict) -> TransformerConfig:
 
 def test_estimates_follow_finished_trials() -> None:
     guess, known = make(), make(tokens_per_second=[1000.0, 2000.0, 64_000.0])
-    assert known.trials[0].estimated_seconds == pytest.approx(15 + 400 * 4096 / 2000)
+    assert known.trials[0].estimated_seconds == pytest.approx(STARTUP_SECONDS + 400 * 4096 / 2000)
     assert [t.trial_id for t in guess.trials] == [t.trial_id for t in known.trials]
 
 
@@ -292,5 +292,5 @@ def test_two_rhos_of_one_arm() -> None:
 def test_base_with_a_memory() -> None:
     config = base()
     config.model = dataclasses.replace(config.model, engram=EngramConfig())
-    with pytest.raises(ValueError, match="model.engram must be null"):
+    with pytest.raises(ValueError, match=r"model\.engram must be null"):
         make(config=config)

@@ -14,7 +14,14 @@ import yaml
 
 from sweeps.live import read_progress
 from sweeps.processes import FolderBusyError, find_processes, folder_lock
-from sweeps.runner import DiskSpaceError, OccupiedFolderError, peak_disk_bytes, pretrain_command, run_trials
+from sweeps.runner import (
+    DiskSpaceError,
+    OccupiedFolderError,
+    peak_disk_bytes,
+    pretrain_command,
+    run_trials,
+    visible_gpu,
+)
 from sweeps.trial import Trial, TrialKind, read_json, trial_dir, trial_id
 
 FAKE = Path(__file__).with_name("fake_trial.py")
@@ -216,6 +223,20 @@ def test_full_disk_is_refused_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(DiskSpaceError, match=r"need about .* GB .* are free"):
         run_trials([trial], tmp_path, 1, "none", fake_command)
     assert not trial_dir(tmp_path, trial).exists()
+
+
+def test_each_place_has_its_gpu_among_those_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [visible_gpu(place, 2) for place in range(4)] == ["0", "1", "0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-ab")
+    assert [visible_gpu(place, 2) for place in range(3)] == ["5", "GPU-ab", "5"]
+
+
+def test_results_can_be_collected_after_every_trial(tmp_path: Path) -> None:
+    calls: list[int] = []
+    trials = [make_trial(value=0.1), make_trial(FAILS)]
+    run_trials(trials, tmp_path, 1, "none", fake_command, on_end=lambda: calls.append(1))
+    assert len(calls) == 2
 
 
 def test_peak_disk_counts_two_checkpoints_of_each_running_trial() -> None:

@@ -1,5 +1,6 @@
 """Shards: what is written is what is read; damage of any kind is named, never read."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -24,7 +25,9 @@ from train.shards import (
 EOS = 0
 
 
-def write_folder(folder: Path, documents: dict[str, list[list[int]]], vocab_size: int = 50, shard_tokens: int = 20) -> str:
+def write_folder(
+    folder: Path, documents: dict[str, list[list[int]]], vocab_size: int = 50, shard_tokens: int = 20
+) -> str:
     folder.mkdir()
     (folder / TOKENIZER).write_text("{}")
     save_array(folder / COMPRESSION_TABLE, np.arange(vocab_size))
@@ -76,7 +79,7 @@ def test_offsets_bound_documents_and_shards_never_cut_one(folder: Path) -> None:
         ids = np.fromfile(folder / shard.tokens, dtype="<u2")
         assert offsets.dtype == np.int64 and offsets[0] == 0 and offsets[-1] == len(ids) == shard.num_tokens
         assert len(offsets) == shard.num_documents + 1
-        documents += [ids[a : b - 1].tolist() for a, b in zip(offsets, offsets[1:], strict=False)]
+        documents += [ids[a : b - 1].tolist() for a, b in itertools.pairwise(offsets)]
         assert (ids[offsets[1:] - 1] == EOS).all()
     assert documents == random_documents(0, 30)
 

@@ -36,13 +36,14 @@ def no_data_and_no_report(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Prepared data out of nothing, and a report that only notes its call."""
     reports: list[Path] = []
 
-    def report(folder: Path) -> str:
+    def report(folder: Path) -> Path:
         reports.append(folder)
-        return "the conclusion in words"
+        return folder / "report.html"
 
     monkeypatch.setattr(run, "prepare", lambda cfg: prepared())
     monkeypatch.setattr(run, "open_prepared", lambda cfg: prepared())
     monkeypatch.setattr(run, "build_report", report)
+    monkeypatch.setattr(run, "read_conclusion", lambda folder: "the conclusion\nin words")
     return reports
 
 
@@ -83,7 +84,7 @@ def test_run_ends_with_the_conclusion_and_the_path(
 ) -> None:
     assert act(started(tmp_path), fake_command) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2:] == ["the conclusion in words", f"report: {tmp_path / 's' / 'report.html'}"]
+    assert lines[-3:] == ["the conclusion", "in words", f"report: {tmp_path / 's' / 'report.html'}"]
     assert no_data_and_no_report == [tmp_path / "s"]
     assert {row["status"] for row in table(tmp_path / "s")} == {"finished"}
     assert len(table(tmp_path / "s")) == len(read_plan(tmp_path / "s").trials)
@@ -141,7 +142,7 @@ def test_another_base_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
 def test_changed_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     act(started(tmp_path), fake_command)
     monkeypatch.setattr(run, "prepare", lambda cfg: prepared("other"))
-    with pytest.raises(ValueError, match="data.fingerprint: 'abc' -> 'other'"):
+    with pytest.raises(ValueError, match=r"data\.fingerprint: 'abc' -> 'other'"):
         act(started(tmp_path), fake_command)
 
 

@@ -241,7 +241,9 @@ def copy_into_dots1(model: Transformer, theirs: Dots1ForCausalLM) -> None:
     state["model.embed_tokens.weight"] = model.embedding.weight
     state["model.norm.weight"] = model.norm.weight
     state["lm_head.weight"] = model.head.weight
-    widths = [count * cfg.attention.head_dim for count in (cfg.attention.num_heads,) + (cfg.attention.num_kv_heads,) * 2]
+    widths = [
+        count * cfg.attention.head_dim for count in (cfg.attention.num_heads,) + (cfg.attention.num_kv_heads,) * 2
+    ]
     for layer, block in enumerate(model.blocks):
         prefix = f"model.layers.{layer}"
         state[f"{prefix}.input_layernorm.weight"] = block.attention_norm.weight
@@ -251,7 +253,9 @@ def copy_into_dots1(model: Transformer, theirs: Dots1ForCausalLM) -> None:
         state[f"{prefix}.self_attn.o_proj.weight"] = block.attention.output.weight
         state[f"{prefix}.self_attn.q_norm.weight"] = block.attention.query_norm.weight
         state[f"{prefix}.self_attn.k_norm.weight"] = block.attention.key_norm.weight
-        dense, name = (block.feed_forward, "mlp") if block.moe is None else (block.moe.shared_expert, "mlp.shared_experts")
+        dense, name = (
+            (block.feed_forward, "mlp") if block.moe is None else (block.moe.shared_expert, "mlp.shared_experts")
+        )
         gate, up = dense.gate_up.weight.chunk(2)
         state[f"{prefix}.{name}.gate_proj.weight"], state[f"{prefix}.{name}.up_proj.weight"] = gate, up
         state[f"{prefix}.{name}.down_proj.weight"] = dense.down.weight

@@ -26,8 +26,8 @@ PACKAGES = (
     "filelock", "fonttools", "fsspec", "grpcio", "h11", "hjson", "httpcore", "huggingface_hub", "httpx", "hydra-core",
     "idna", "Jinja2", "Markdown", "markdown-it-py", "matplotlib", "mpmath", "multiprocess", "narwhals", "networkx",
     "numpy", "omegaconf", "opentelemetry-api", "opentelemetry-sdk", "opentelemetry-semantic-conventions", "packaging",
-    "pandas", "pathspec", "pillow", "platformdirs", "plotly", "protobuf", "psutil", "pyarrow", "pydantic", "Pygments",
-    "pyparsing", "python-dateutil", "PyYAML", "regex", "requests", "rich", "scipy", "sympy", "tensorboard", "torch",
+    "pandas", "pillow", "platformdirs", "plotly", "protobuf", "psutil", "pyarrow", "pydantic", "Pygments",
+    "pyparsing", "python-dateutil", "PyYAML", "requests", "rich", "scipy", "sympy", "tensorboard", "torch",
     "tqdm", "typing_extensions", "urllib3", "wandb", "Werkzeug",
 )
 # fmt: on

@@ -61,7 +61,9 @@ class DataConfig:
         if not 0.0 < self.val_fraction < 1.0:
             raise ValueError(f"data.val_fraction={self.val_fraction} must lie between 0 and 1; the usual value is 0.02")
         if self.source == DataSource.python and (self.path is not None or self.data_files or self.val_files):
-            raise ValueError("data.path, data.data_files and data.val_files belong to data.source=datasets; set data=datasets")
+            raise ValueError(
+                "data.path, data.data_files and data.val_files belong to data.source=datasets; set data=datasets"
+            )
         if self.path is not None and self.data_files:
             raise ValueError("data.path and data.data_files are both set; give one of them, the other stays empty")
         if self.val_split is not None and (self.val_files or self.path is None):

@@ -13,7 +13,10 @@ from train.corpus import Document
 
 
 class DocumentStore(Sequence[bytes]):
-    """Append documents, then read them by index; the file disappears when the context ends."""
+    """Append documents, then read them by index.
+
+    The file disappears when the context ends well; after an error the owner of its folder removes that.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -26,13 +29,12 @@ class DocumentStore(Sequence[bytes]):
     def __enter__(self) -> DocumentStore:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         if self._map is not None:
             self._map.close()
-        try:
-            self._file.close()  # flushes, so it can meet a full disk
-        finally:
-            self._path.unlink(missing_ok=True)
+        self._file.close()
+        if error_type is None:
+            self._path.unlink()
 
     def append(self, document: Document) -> None:
         """Add one document; all are added before the first is read."""

@@ -74,7 +74,10 @@ def external_documents(cfg: DataConfig) -> Iterator[Document]:
                 break
             if text.strip():
                 count += 1
-                yield Document(name, text.encode("utf-8"), held_out)
+                try:
+                    yield Document(name, text.encode("utf-8"), held_out)
+                except UnicodeEncodeError as error:
+                    raise DataError(f"{name} is no UTF-8 text: {error.reason} at character {error.start}") from error
 
 
 def _read_files(cfg: DataConfig, files: list[Path]) -> Iterator[tuple[str, str]]:

@@ -45,7 +45,7 @@ from train.shards import (
 from train.tokenizer import compression_table, end_of_document, fetch_tokenizer, train_bpe, vocabulary_size
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
     from tokenizers import Tokenizer
 
 __all__ = ["PreparedData", "open_prepared", "prepare"]
@@ -143,9 +143,9 @@ def _indexed_folder(root: Path, key: str) -> Path | None:
     """Folder of a request, or None where it was never prepared or was deleted since."""
     try:
         entry = json.loads((root / "index" / f"{key}.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        folder = root / str(entry["folder"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # not prepared, or the entry is damaged
         return None
-    folder = root / str(entry["folder"])
     return folder if folder.is_dir() else None
 
 
@@ -187,11 +187,14 @@ def _removed_on_error(folder: Path) -> Iterator[None]:
 def _write(cfg: DataConfig, folder: Path, progress: Progress) -> str:
     """Write all files of the prepared folder and return the fingerprint."""
     with DocumentStore(folder / "documents.tmp") as store:
-        for document in progress.track(_documents(cfg), description="reading documents"):
+        task = _stage(progress, "reading documents", None)
+        for document in _documents(cfg):
             store.append(document)
+            progress.advance(task, len(document.text))
         if len(store) == 0:
             raise DataError(f"data.source={cfg.source.value} gave no document with text; check the data settings")
-        task = progress.add_task("removing duplicates", total=store.num_bytes)
+        progress.update(task, total=store.num_bytes)
+        task = _stage(progress, "removing duplicates", store.num_bytes)
         duplicates = find_duplicates(store, cfg.dedup, lambda n: progress.advance(task, n))
         splits = _split(cfg, store, duplicates.keep)
         tokenizer = _tokenizer(cfg, store, splits["train"], progress)
@@ -243,8 +246,14 @@ def _tokenizer(cfg: DataConfig, store: DocumentStore, train: np.ndarray, progres
         return fetch_tokenizer(cfg.tokenizer)
     sizes = np.cumsum([store.size(int(i)) for i in train])
     sample = train[: int(np.searchsorted(sizes, BPE_SAMPLE_BYTES)) + 1]
-    texts = progress.track([int(i) for i in sample], description="training the tokenizer")
-    return train_bpe((store[i].decode() for i in texts), cfg.vocab_size)
+    task = _stage(progress, "training the tokenizer", int(sizes[len(sample) - 1]))
+
+    def texts() -> Iterator[str]:
+        for i in sample:
+            yield store[int(i)].decode()
+            progress.advance(task, store.size(int(i)))
+
+    return train_bpe(texts(), cfg.vocab_size)
 
 
 def _encode(
@@ -252,7 +261,7 @@ def _encode(
 ) -> int:
     """Write the documents of a split and return their bytes of UTF-8."""
     total = sum(store.size(int(i)) for i in order)
-    task = progress.add_task(f"tokenising {split}", total=total)
+    task = _stage(progress, f"tokenising {split}", total)
     batch: list[str] = []
     pending = 0
     for position, i in enumerate(order):
@@ -281,9 +290,16 @@ def _provenance(cfg: DataConfig, store: DocumentStore, duplicates: DedupResult) 
     }
 
 
+def _stage(progress: Progress, description: str, total: int | None) -> TaskID:
+    """A new bar over `total` bytes; a plain line where there is no terminal."""
+    if progress.disable:
+        print(f"preparing data: {description}", file=sys.stderr)
+    return progress.add_task(description, total=total)
+
+
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    """Progress bars with the time left, on the terminal only."""
+    """Progress bars with the time left, on a terminal; a pipe gets a line per stage."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,

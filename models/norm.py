@@ -1,0 +1,59 @@
+"""RMSNorm with few passes over memory; used by every part of the model."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x / rms(x) * weight in fp32. Keeps x and one number per vector; the sums of the backward pass are matmuls."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = (norm.square_() / x.shape[-1]).add_(eps).rsqrt_()  # (..., 1)
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        (grad,) = grads
+        product = (grad * x).flatten(0, -2)  # (T, D)
+        grad_weight = inverse.view(1, -1) @ product  # (1, D)
+        # d/dx of x * inverse(x): the part of the gradient along x is removed
+        along = (product @ weight).view_as(inverse) * inverse.pow(3) / -x.shape[-1]
+        grad_x = (grad * weight).mul_(inverse).addcmul_(x, along)
+        return grad_x, grad_weight[0], None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm(x) = x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467).
+
+    Args:
+        x: (..., D); fp32 takes the short path, any other type torch's own.
+        weight: (D,).
+        eps: added to the mean square.
+
+    Returns:
+        (..., D) in the type of `x`.
+    """
+    if x.dtype == weight.dtype == torch.float32 and x.dim() > 1:
+        with torch.autocast(x.device.type, enabled=False):
+            return _RMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a learnt weight per coordinate."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Args: x (..., D)."""
+        return rms_norm(x, self.weight, self.eps)
