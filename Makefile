@@ -43,7 +43,7 @@ smoke: $(STAMP) ## the whole path in about 2 minutes; claims nothing
 	@$(BIN)/python -m sweeps.run sweep=smoke data=tiny action=run $(ARGS)
 
 report: $(STAMP) ## rebuild a sweep's report (SWEEP=runs/default)
-	@$(BIN)/python -m sweeps.report $(or $(SWEEP),runs/default)
+	@$(BIN)/python -m sweeps.report $(or $(SWEEP),runs/default) $(ARGS)
 
 prepare: $(STAMP) ## tokenise the corpus (ARGS="data=datasets data.data_files=[my.jsonl]")
 	@$(BIN)/python -m scripts.prepare_data $(ARGS)

@@ -20,6 +20,7 @@ from sweeps.simulate import (
     MONOTONE,
     NOISE_SD,
     VALLEYS,
+    Curve,
     accepted_as_interior,
     half_parabolas,
     interval_coverage,
@@ -77,7 +78,9 @@ def power_and_coverage(curves: int, rng: np.random.Generator) -> Iterator[str]:
             yield _row("paper's size: 0.0139", PAPER_VALLEY, PAPER_GRID, seeds, sigma, curves, rng)
 
 
-def _row(name, curve, grid, seeds: int, sigma: float, curves: int, rng: np.random.Generator) -> str:  # type: ignore[no-untyped-def]
+def _row(
+    name: str, curve: Curve, grid: np.ndarray, seeds: int, sigma: float, curves: int, rng: np.random.Generator
+) -> str:
     found = interval_coverage(curve, grid, simulate(curve, grid, seeds, curves, rng, sigma))
     numbers = f"{100 * found['power']:.0f} % | {100 * found['coverage']:.0f} % | {found['width']:.2f}"
     return f"| {name} | {minimum_of(curve):.2f} | {seeds} | {len(grid)} | {sigma:g} | {numbers} |"

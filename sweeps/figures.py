@@ -60,7 +60,9 @@ def allocation(fit: AllocationFit, points: Sequence[Point], controls: Sequence[P
             {**band, "fillcolor": GRAY, "opacity": 0.18, "line": {"width": 0}},
             {**line, "line": {"color": GRAY, "width": 1}},
         ]
-    return figure(data, "rho: share of the inactive parameters in experts", "validation loss (nats per token)", **layout)
+    return figure(
+        data, "rho: share of the inactive parameters in experts", "validation loss (nats per token)", **layout
+    )
 
 
 def _seed_traces(shifted: dict[tuple[str, float, int], float]) -> list[dict[str, Any]]:
@@ -284,11 +286,11 @@ def gate_histogram(sweep: SweepRecord) -> Figure | None:
             counts = trial.last(key)
             if not _is_numbers(counts) or sum(counts) <= 0:
                 continue
-            bins = len(counts)
+            bins, layer = len(counts), key.removeprefix("engram/gate_histogram").strip("_")
             data.append(
                 {
                     "type": "bar",
-                    "name": f"rho {trial.rho:g}, {key.removeprefix('engram/gate_histogram').strip('_') or 'all layers'}",
+                    "name": f"rho {trial.rho:g}" + (f", layer {layer}" if layer else ""),
                     "x": [round((i + 0.5) / bins, 4) for i in range(bins)],
                     "y": [round(count / sum(counts), 5) for count in counts],
                     "marker": {"color": _rho_colour(trial.rho)},

@@ -214,11 +214,8 @@ def fit_form(name: FormName, rho: np.ndarray, means: np.ndarray, cov: np.ndarray
     profile = _Profile(name, rho[chosen], means[chosen], whitener)
     grid = np.linspace(rho[0], rho[-1], GRID)
     coarse = profile.solve(grid)
-    step = grid[1] - grid[0]
-    fine = np.clip(grid[int(coarse.rss.argmin())] + step * np.linspace(-1, 1, 101), rho[0], rho[-1])
-    solution = profile.solve(fine)
-    best = int(solution.rss.argmin())
-    x0, rss = float(fine[best]), max(float(solution.rss[best]), 0.0)
+    x0, solution, best = _refine(profile, grid, coarse.rss)
+    rss = max(float(solution.rss[best]), 0.0)
     df = len(chosen) - profile.num_parameters
     sigma = _misfit_sigma(rss, df, noise)
     distribution = _confidence(grid, coarse.rss, x0, rss, sigma, noise.df)
@@ -251,6 +248,15 @@ def fit_form(name: FormName, rho: np.ndarray, means: np.ndarray, cov: np.ndarray
     residuals = means[chosen] - fit.loss(rho[chosen])
     passes = lack_of_fit_p is None or lack_of_fit_p > LACK_OF_FIT_ALPHA
     return replace(fit, rms_residual=float(np.sqrt(np.mean(residuals**2))), supported=fit.interior and passes)
+
+
+def _refine(profile: _Profile, grid: np.ndarray, rss: np.ndarray) -> tuple[float, _Solution, int]:
+    """The best x0 on a grid 50 times as fine around the best of `grid`, the solutions there, and its index."""
+    offsets = (grid[1] - grid[0]) * np.linspace(-1, 1, 101)
+    fine = np.clip(grid[int(rss.argmin())] + offsets, grid[0], grid[-1])
+    solution = profile.solve(fine)
+    best = int(solution.rss.argmin())
+    return float(fine[best]), solution, best
 
 
 def _local_window(means: np.ndarray) -> np.ndarray:

@@ -20,10 +20,11 @@ from sweeps import allocation
 from sweeps.allocation import Arm
 from sweeps.processes import cpu_cores
 from sweeps.settings import KeepCheckpoints, SweepConfig
-from sweeps.trial import NOT_IDENTITY, Plan, Trial, TrialKind, trial_id
+from sweeps.trial import Plan, Trial, TrialKind, trial_id
 from train.config import Config, resolve, to_plain, validate
 from train.data import check_fits
 from train.engine import Precision
+from train.identity import identity_settings
 from train.shards import PreparedData
 
 # Sustained training FLOP/s of one CPU thread and of one GPU, for the first estimate of a sweep only: finished trials
@@ -195,7 +196,8 @@ class Planner:
         return STARTUP_SECONDS + tokens * training_flops_per_token / rate
 
     def _identity(self) -> dict[str, Any]:
-        shared = {key: value for key, value in to_plain(self._base).items() if key not in (*NOT_IDENTITY, "seed")}
+        shared = identity_settings(to_plain(self._base))
+        del shared["seed"]
         sweep = {"matching": self._sweep.matching.value, "engram": to_plain(self._sweep.engram)}
         return {**shared, "sweep": sweep}
 

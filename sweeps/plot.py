@@ -100,7 +100,9 @@ def _draw_minimum(axes: Axes, fit: AllocationFit) -> None:
         style, shade = FORM_STYLES[form.name]
         rho = np.linspace(form.rho_low, form.rho_high, 200)
         label = f"{form.name.value.replace('_', ' ')}: {form.rho_star.estimate:.2f}"
-        axes.plot(rho, form.loss(rho), style, color=shade, linewidth=1.2, zorder=2, label=label + _unused(form.supported))
+        axes.plot(
+            rho, form.loss(rho), style, color=shade, linewidth=1.2, zorder=2, label=label + _unused(form.supported)
+        )
 
 
 def _unused(supported: bool) -> str:
@@ -133,7 +135,14 @@ def _draw_controls(axes: Axes, shifted: dict[tuple[str, float, int], float]) -> 
         if here:
             rho, loss = zip(*here, strict=True)
             axes.scatter(
-                rho, loss, marker=marker, s=42, facecolor="white", edgecolor="black", zorder=6, label=CONTROL_LABELS[kind]
+                rho,
+                loss,
+                marker=marker,
+                s=42,
+                facecolor="white",
+                edgecolor="black",
+                zorder=6,
+                label=CONTROL_LABELS[kind],
             )
 
 

@@ -22,7 +22,16 @@ from sweeps.findings import AllocationFit
 from sweeps.fit import fit_allocation
 from sweeps.plot import allocation_png, title_of
 from sweeps.sweep_folder import SweepRecord, read_sweep
-from sweeps.tables import arm_table, control_table, failure_list, form_table, gain_table, paper_note, provenance, reproduce
+from sweeps.tables import (
+    arm_table,
+    control_table,
+    failure_list,
+    form_table,
+    gain_table,
+    paper_note,
+    provenance,
+    reproduce,
+)
 from train.run_folder import atomic_write
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -92,7 +101,7 @@ def render(sweep: SweepRecord, fit: AllocationFit | None, curve: figures.Figure 
         provenance=provenance(sweep),
         reproduce=reproduce(sweep),
         script_json=_script_json,
-        plotly_js=Markup(get_plotlyjs()),  # noqa: S704 (the library's own source)
+        plotly_js=Markup(get_plotlyjs()),
     )
 
 
@@ -139,7 +148,7 @@ def _script_json(value: Any) -> Markup:
     """JSON that may stand inside a script element: `<`, `>` and `&` are escaped."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     escaped = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    return Markup(escaped)  # noqa: S704 (escaped above)
+    return Markup(escaped)
 
 
 def _strings(value: Any) -> list[str]:

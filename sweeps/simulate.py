@@ -57,7 +57,7 @@ VALLEYS: dict[str, Curve] = {
 
 
 def minimum_of(curve: Curve) -> float:
-    """rho of the lowest point of a curve on [0, 1], to 1e-5."""  # noqa: D403
+    """Place of the lowest point of a curve on [0, 1], to 1e-5."""
     rho = np.linspace(0.0, 1.0, 100_001)
     return float(rho[int(curve(rho).argmin())])
 

@@ -137,7 +137,9 @@ def _typed(raw: dict[str, str], number: int, path: Path) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for column in ("rho", "seed", "kind", "val_loss", "status", "trial_id"):
         if raw.get(column) is None:
-            raise ValueError(f"{path}, line {number}: column {column!r} is missing; collect the sweep again (make report)")
+            raise ValueError(
+                f"{path}, line {number}: column {column!r} is missing; collect the sweep again (make report)"
+            )
     for column, text in raw.items():
         if column in TEXT_COLUMNS or column is None:
             row[column] = text
@@ -145,7 +147,9 @@ def _typed(raw: dict[str, str], number: int, path: Path) -> dict[str, Any]:
         try:
             row[column] = float(text) if text else None
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {column}={text!r} is no number; collect the sweep again") from error
+            raise ValueError(
+                f"{path}, line {number}: {column}={text!r} is no number; collect the sweep again"
+            ) from error
     return row
 
 

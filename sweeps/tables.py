@@ -147,8 +147,10 @@ def paper_note(arms: Sequence[TrialRecord]) -> str:
     low, high = min(values), max(values)
     here = f"{low:.2g}" if high - low < 0.01 * high else f"{low:.2g} to {high:.2g}"
     ratio = PAPER_TOKENS_PER_PARAM / high
-    return f"This sweep trains on {here} tokens per parameter; {paper}, {ratio:.0f} times as many." if ratio >= 1.5 else (
-        f"This sweep trains on {here} tokens per parameter; {paper}."
+    return (
+        f"This sweep trains on {here} tokens per parameter; {paper}, {ratio:.0f} times as many."
+        if ratio >= 1.5
+        else (f"This sweep trains on {here} tokens per parameter; {paper}.")
     )
 
 
@@ -199,7 +201,9 @@ def provenance(sweep: SweepRecord) -> Table:
     for name, value in _flat(data):
         add(f"data.{name}", value)
     add("trials at once", sweep.plan.get("jobs"))
-    rows = [[name, values[0] if len(values) == 1 else "differs: " + " | ".join(values)] for name, values in found.items()]
+    rows = [
+        [name, values[0] if len(values) == 1 else "differs: " + " | ".join(values)] for name, values in found.items()
+    ]
     return Table(["what", "value"], rows)
 
 
@@ -219,14 +223,12 @@ def reproduce(sweep: SweepRecord) -> dict[str, str]:
     command = sweep.plan.get("command")
     if isinstance(command, list):
         command = shlex.join(map(str, command))
-    trial = next((str(t.row["trial_id"]) for t in sweep.trials), "<trial id>")
+    trial = next((str(t.row["trial_id"]) for t in sweep.trials), "TRIAL_ID")
+    trial_folder = shlex.quote(str(sweep.path.resolve() / "trials" / trial))
     return {
         "sweep": str(command or _sweep_command(sweep)),
         "report": f"python -m sweeps.report {shlex.quote(folder)}",
-        "trial": f'python -m train.pretrain --config-path "$PWD/{folder}/trials/{trial}" --config-name config run_dir=runs/again'
-        if not sweep.path.is_absolute()
-        else f"python -m train.pretrain --config-path {shlex.quote(f'{folder}/trials/{trial}')} --config-name config "
-        "run_dir=runs/again",
+        "trial": f"python -m train.pretrain --config-path {trial_folder} --config-name config run_dir=runs/again",
     }
 
 

@@ -5,7 +5,6 @@ Nothing here imports torch or a config framework: the runner, the collector and 
 
 import csv
 import dataclasses
-import hashlib
 import io
 import json
 from dataclasses import dataclass, field
@@ -15,13 +14,11 @@ from typing import Any
 
 import yaml
 
+from train.identity import identity_hash
 from train.run_folder import atomic_write
 
 SCHEMA_VERSION = 1  # of plan.json
 PLAN_FILE = "plan.json"
-# Where a run lies, what it logs and how its file is written do not change what it computes. The same rule as
-# `train.config.config_hash`, stated here so that records can be read without torch; a test holds the two together.
-NOT_IDENTITY = ("run_dir", "log", "schema_version")
 
 
 class TrialKind(str, Enum):
@@ -81,8 +78,7 @@ class Plan:
 
 def trial_id(config: dict[str, Any]) -> str:
     """First 12 hex digits of SHA-256 over the canonical JSON of the resolved configuration."""
-    identity = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    return identity_hash(config)[:12]
 
 
 def write_plan(plan: Plan, sweep_dir: Path) -> None:

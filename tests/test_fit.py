@@ -16,7 +16,13 @@ from sweeps.noise import NoiseSource, Point, estimate_noise, two_way
 from sweeps.simulate import GRIDS, MONOTONE, VALLEYS, half_parabolas, interval_coverage, simulate, to_points
 
 PAPER = json.loads((Path(__file__).parent / "golden" / "paper_curves.json").read_text())["curves"]
-PILOT = {1.0: (4.2240, 4.2721), 0.7: (4.1271, 4.1585), 0.4: (4.1058, 4.1483), 0.15: (4.1323, 4.1459), 0.0: (4.1330, 4.1971)}
+PILOT = {
+    1.0: (4.2240, 4.2721),
+    0.7: (4.1271, 4.1585),
+    0.4: (4.1058, 4.1483),
+    0.15: (4.1323, 4.1459),
+    0.0: (4.1330, 4.1971),
+}
 
 
 def paper_points(budget):
@@ -76,7 +82,9 @@ def test_two_way_with_missing_cells_recovers_an_additive_table():
 def test_pooled_noise_is_unbiased():
     rng = np.random.default_rng(1)
     losses = simulate(MONOTONE["linear falling"], GRIDS[6], 2, 400, rng, sigma=0.02)
-    variances = [estimate_noise(two_way([(p.rho, p.seed, p.loss) for p in to_points(GRIDS[6], x)])).sigma ** 2 for x in losses]
+    variances = [
+        estimate_noise(two_way([(p.rho, p.seed, p.loss) for p in to_points(GRIDS[6], x)])).sigma ** 2 for x in losses
+    ]
     assert np.mean(variances) == pytest.approx(0.02**2, rel=4 * math.sqrt(2 / 5 / 400))
 
 
@@ -113,7 +121,11 @@ def test_lopsided_forms_recover_their_own_truth(name):
         truth = floor + np.where(rho < x0, 0.5, 0.2) * (rho - x0) ** 2
     else:
         truth = floor + 0.3 * (np.expm1(-2.5 * (rho - x0)) / 2.5) ** 2
-    points = [Point(r, s, loss + 1e-5 * (-1) ** (s + i)) for i, (r, loss) in enumerate(zip(rho, truth, strict=True)) for s in (0, 1)]
+    points = [
+        Point(r, s, loss + 1e-5 * (-1) ** (s + i))
+        for i, (r, loss) in enumerate(zip(rho, truth, strict=True))
+        for s in (0, 1)
+    ]
     fitted = form(fit_allocation(points), name)
     assert fitted.rho_star.estimate == pytest.approx(x0, abs=0.002)
     assert fitted.loss_min.estimate == pytest.approx(floor, abs=1e-5)
@@ -177,7 +189,11 @@ def test_pilot_table():
 def test_controls_are_compared_with_their_own_arm():
     grid, shift = GRIDS[6], {0: 0.0, 1: 0.05, 2: -0.03}
     curve = half_parabolas(0.4, 0.05, 0.11)
-    points = [Point(float(r), s, float(curve(r)) + shift[s] + 1e-4 * ((i * 7 + s * 3) % 5)) for i, r in enumerate(grid) for s in shift]
+    points = [
+        Point(float(r), s, float(curve(r)) + shift[s] + 1e-4 * ((i * 7 + s * 3) % 5))
+        for i, r in enumerate(grid)
+        for s in shift
+    ]
     controls = [Point(0.4, s, 0.03 + shift[s], "no_module") for s in shift]
     controls += [Point(1.0, s, 0.10 + shift[s], "one_row_pure") for s in shift]
     fit = fit_allocation(points, controls)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from models.initialize import initialize
 from torch import Tensor
 
+from models.initialize import initialize
 from models.memory_table import LocalTable
 from models.ngram_hash import NgramHasher, table_sizes
 from models.transformer import Output, Transformer, TransformerConfig

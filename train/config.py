@@ -4,8 +4,6 @@ A default lives in the dataclass beside the class that uses it; `conf/` holds on
 turns a composed DictConfig into plain objects, and checks what concerns more than one component.
 """
 
-import hashlib
-import json
 import os
 from dataclasses import asdict, dataclass, field
 from enum import Enum
@@ -20,6 +18,7 @@ from models.memory_table import MemoryOptimConfig
 from models.transformer import TransformerConfig
 from train.data import DataConfig
 from train.engine import EngineConfig, resolve_precision
+from train.identity import identity_hash
 from train.loop import TrainConfig
 from train.metrics import LogConfig
 from train.optim import OptimConfig
@@ -41,10 +40,6 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
     seed: int = 0  # of initialisation and data order
     run_dir: str = "runs/default"  # folder of this run, relative to the working directory
-
-
-# Where a run lies and what it prints does not change what it computes.
-_NOT_IDENTITY = ("run_dir", "log")
 
 
 def register_schema() -> None:
@@ -94,9 +89,8 @@ def to_yaml(config: Config) -> str:
 
 
 def config_hash(config: Config) -> str:
-    """SHA-256 (hex) of the resolved configuration without the run's place and its logging."""
-    identity = {key: value for key, value in to_plain(config).items() if key not in _NOT_IDENTITY}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    """Identity of the run that `config` describes; see `train.identity`."""
+    return identity_hash(to_plain(config))
 
 
 def resolve(config: Config) -> Config:

@@ -273,7 +273,7 @@ def _refuse_many_ranks() -> None:
 
 
 def _make_optimizer(groups: list[ParameterGroup], optim: OptimConfig) -> torch.optim.Optimizer:
-    """torch's fused AdamW, or DeepSpeed's Muon with that AdamW for the groups that Muon does not treat.
+    """Torch's fused AdamW, or DeepSpeed's Muon with that AdamW for the groups that Muon does not treat.
 
     Muon is built here and not through DeepSpeed's configuration, which tags parameters by its own rule: every tensor of
     two dimensions that is not called `embed` or `lm_head`, so also norms with one row per branch, routers and our head.

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+
 from models.accounting import count_parameters, flops_per_token
 from models.loss import cross_entropy
-
 from train import checkpoint
 from train.build import Memory, build_engine, build_memory, forward
 from train.data import Batch, TrainBatches, check_fits, validation_batches
