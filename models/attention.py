@@ -56,6 +56,11 @@ def attention_mask(document_ids: Tensor) -> Tensor:
     return (same_document & causal)[:, None]  # (B, 1, S, S)
 
 
+def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where `mask` is True, minus infinity elsewhere: what is added to the scores. Same shape as `mask`."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
+
+
 def rotary_tables(seq_len: int, head_dim: int, theta: float, device: torch.device | None = None) -> Tensor:
     """Cosines, and sines with the sign that `rotate` needs, of position * theta^(-2i / C) (arXiv 2104.09864, eq 15).
 
@@ -103,64 +108,76 @@ def rotate(x: Tensor, tables: Tensor) -> Tensor:
 
 # Longest sequence for which the CPU path below keeps all probabilities: (B, H, S, S) in the type of the matmuls.
 MATERIALIZE_UP_TO = 512
+# Its queries are handled in blocks of this many positions; keys after the end of the block are masked and left out.
+QUERY_BLOCK = 64
 
 
 class _MaterializedAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(C) + mask) v by plain batched matmuls, keeping the probabilities.
+    """softmax(q k^T / sqrt(C) + bias) v by plain batched matmuls, keeping the probabilities.
 
     On CPU torch's fused kernel is slow backwards: forward and backward of 16 x 4 heads x 256 positions x 32 take
-    34 ms in bf16, this 10 ms (one thread). The query heads of one key head are stacked as rows of one matmul.
+    34 ms in bf16, these matmuls 10 ms (one thread). Query heads of one key head are stacked as rows of one matmul.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         batch, num_heads, seq_len, width = query.shape
         num_kv_heads = key.shape[1]
-        query = (query / math.sqrt(width)).reshape(batch * num_kv_heads, -1, width)  # (B * H_kv, G * S, C)
+        query = (query / math.sqrt(width)).reshape(batch * num_kv_heads, -1, seq_len, width)  # (B * H_kv, G, S, C)
         key, value = key.reshape(-1, seq_len, width), value.reshape(-1, seq_len, width)  # (B * H_kv, S, C)
-        scores = torch.bmm(query, key.transpose(1, 2))  # (B * H_kv, G * S, S)
-        bias = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device).masked_fill_(~mask, -math.inf)
-        probabilities = scores.view(batch, num_heads, seq_len, seq_len).add_(bias).softmax(-1).view_as(scores)
-        ctx.save_for_backward(query, key, value, probabilities)
+        out = torch.empty_like(query)
+        saved = []
+        for start in range(0, seq_len, QUERY_BLOCK):
+            end = min(start + QUERY_BLOCK, seq_len)
+            block = query[:, :, start:end].reshape(batch * num_kv_heads, -1, width)  # (B * H_kv, G * block, C)
+            scores = torch.bmm(block, key[:, :end].transpose(1, 2))  # (B * H_kv, G * block, end)
+            shape = (batch, num_heads, end - start, end)
+            probabilities = scores.view(shape).add_(bias[:, :, start:end, :end]).softmax(-1).view_as(scores)
+            out[:, :, start:end] = torch.bmm(probabilities, value[:, :end]).view(out[:, :, start:end].shape)
+            saved += [block, probabilities]
+        ctx.save_for_backward(key, value, *saved)
         ctx.shapes = (batch, num_heads, num_kv_heads)
-        return torch.bmm(probabilities, value).view(batch, num_heads, seq_len, width)
+        return out.view(batch, num_heads, seq_len, width)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, probabilities = ctx.saved_tensors
+        key, value, *saved = ctx.saved_tensors
         batch, num_heads, num_kv_heads = ctx.shapes
         seq_len, width = key.shape[1:]
-        grad = grads[0].reshape(query.shape)
-        grad_value = torch.bmm(probabilities.transpose(1, 2), grad)
-        grad_probabilities = torch.bmm(grad, value.transpose(1, 2))
-        grad_scores = torch.ops.aten._softmax_backward_data(grad_probabilities, probabilities, -1, probabilities.dtype)
-        grad_query = torch.bmm(grad_scores, key).div_(math.sqrt(width))
-        grad_key = torch.bmm(grad_scores.transpose(1, 2), query)
+        grad = grads[0].reshape(batch * num_kv_heads, -1, seq_len, width)
+        grad_query, grad_key, grad_value = torch.empty_like(grad), torch.zeros_like(key), torch.zeros_like(value)
+        for index, start in enumerate(range(0, seq_len, QUERY_BLOCK)):
+            end = min(start + QUERY_BLOCK, seq_len)
+            block, probabilities = saved[2 * index : 2 * index + 2]
+            grad_block = grad[:, :, start:end].reshape(block.shape)
+            grad_value[:, :end] += torch.bmm(probabilities.transpose(1, 2), grad_block)
+            grad_scores = torch.ops.aten._softmax_backward_data(
+                torch.bmm(grad_block, value[:, :end].transpose(1, 2)), probabilities, -1, probabilities.dtype
+            )
+            grad_key[:, :end] += torch.bmm(grad_scores.transpose(1, 2), block)
+            grad_query[:, :, start:end] = torch.bmm(grad_scores, key[:, :end]).view(grad[:, :, start:end].shape)
         kv_shape = (batch, num_kv_heads, seq_len, width)
-        return (
-            grad_query.view(batch, num_heads, seq_len, width),
-            grad_key.view(kv_shape),
-            grad_value.view(kv_shape),
-            None,
-        )
+        grad_query = grad_query.div_(math.sqrt(width)).view(batch, num_heads, seq_len, width)
+        return grad_query, grad_key.view(kv_shape), grad_value.view(kv_shape), None
 
 
-def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(C) + mask) v, on whichever path is fastest.
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(C) + bias) v, on whichever path is fastest.
 
     Args:
         query: (B, H, S, C).
         key: (B, H_kv, S, C); each key head serves H / H_kv neighbouring query heads.
         value: like `key`.
-        mask: (B, 1, S, S) bool, True where a position may look; no row without a True.
+        bias: (B, 1, S, S) from `attention_bias`; it must be causal.
 
     Returns:
         (B, H, S, C).
     """
+    bias = bias.to(query.dtype)
     if query.device.type == "cpu" and query.shape[2] <= MATERIALIZE_UP_TO:
-        return _MaterializedAttention.apply(query, key, value, mask)
+        return _MaterializedAttention.apply(query, key, value, bias)
     enable_gqa = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=enable_gqa)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=enable_gqa)
 
 
 class Attention(nn.Module):
@@ -178,12 +195,12 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(cfg.head_dim, norm_eps) if cfg.qk_norm else None
         self.register_buffer("rotary", rotary_tables(seq_len, cfg.head_dim, cfg.rope_theta), persistent=False)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """Attention of every position to the earlier ones of its document.
 
         Args:
             x: (B, S, D).
-            mask: (B, 1, S, S) bool, True where a position may look.
+            bias: (B, 1, S, S) from `attention_bias`.
 
         Returns:
             (B, S, D).
@@ -198,5 +215,5 @@ class Attention(nn.Module):
         query_key = rotate(query_key, self.rotary[:, :seq_len])
         query, key = query_key.split((cfg.num_heads, cfg.num_kv_heads), dim=2)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, heads, S, C)
-        attended = masked_attention(query, key, value, mask)  # (B, H, S, C)
+        attended = masked_attention(query, key, value, bias)  # (B, H, S, C)
         return self.output(attended.transpose(1, 2).flatten(2))  # (B, S, D)

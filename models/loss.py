@@ -20,8 +20,10 @@ class _CrossEntropySum(torch.autograd.Function):
         rows, vocab_size = logits.shape
         chunk = max(1, CHUNK_ELEMENTS // vocab_size)
         log_sum_exp = torch.empty(rows, dtype=torch.float32, device=logits.device)
+        buffer = torch.empty(chunk, vocab_size, dtype=torch.float32, device=logits.device)
         for start in range(0, rows, chunk):
-            log_sum_exp[start : start + chunk] = logits[start : start + chunk].float().logsumexp(-1)
+            part = logits[start : start + chunk]
+            torch.logsumexp(buffer[: part.shape[0]].copy_(part), -1, out=log_sum_exp[start : start + chunk])
         valid = targets != IGNORE_INDEX
         safe_targets = targets.where(valid, 0)
         target_logits = logits.gather(1, safe_targets[:, None])[:, 0].float()
@@ -35,9 +37,10 @@ class _CrossEntropySum(torch.autograd.Function):
         chunk = max(1, CHUNK_ELEMENTS // vocab_size)
         scale = grads[0].float() * valid  # (rows,)
         grad_logits = torch.empty_like(logits)
+        buffer = torch.empty(chunk, vocab_size, dtype=torch.float32, device=logits.device)
         for start in range(0, rows, chunk):
-            part = slice(start, start + chunk)
-            softmax = logits[part].float().sub_(log_sum_exp[part, None]).exp_()
+            part = slice(start, min(start + chunk, rows))
+            softmax = buffer[: part.stop - start].copy_(logits[part]).sub_(log_sum_exp[part, None]).exp_()
             softmax.scatter_add_(1, targets[part, None], softmax.new_full((softmax.shape[0], 1), -1.0))
             grad_logits[part] = softmax.mul_(scale[part, None])
         return grad_logits, None

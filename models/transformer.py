@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.attention import Attention, AttentionConfig, attention_mask
+from models.attention import Attention, AttentionConfig, attention_bias, attention_mask
 from models.engram import Engram, EngramConfig
 from models.feed_forward import SwiGLU
-from models.moe import MoE, MoEConfig, MoEStats
+from models.moe import MoE, MoEConfig, MoEStats, compute_dtype
 from models.norm import RMSNorm
 from models.router import Router
 
@@ -128,14 +128,14 @@ class Block(nn.Module):
         else:
             self.feed_forward = SwiGLU(cfg.d_model, cfg.d_ff)
 
-    def forward(self, hidden: Tensor, mask: Tensor, document_ids: Tensor, rows: Tensor | None) -> BlockOutput:
-        """Args: hidden (B, S, D), mask (B, 1, S, S) bool, document_ids (B, S), rows (B, S, R, M) or None."""
+    def forward(self, hidden: Tensor, bias: Tensor, document_ids: Tensor, rows: Tensor | None) -> BlockOutput:
+        """Args: hidden (B, S, D), bias (B, 1, S, S), document_ids (B, S), rows (B, S, R, M) or None."""
         gate, moe_stats = None, None
         if self.engram is not None and rows is not None:
             update, gate = self.engram(hidden[:, :, None], rows, document_ids)  # one residual branch, J = 1
             hidden = hidden + update[:, :, 0]
             gate = gate.detach()
-        hidden = hidden + self.attention(self.attention_norm(hidden), mask)
+        hidden = hidden + self.attention(self.attention_norm(hidden), bias)
         normed = self.feed_forward_norm(hidden)
         if self.moe is not None:
             update, moe_stats = self.moe(normed)
@@ -166,11 +166,11 @@ class Transformer(nn.Module):
         """
         self._check_inputs(token_ids, memory_rows or {})
         memory_rows = memory_rows or {}
-        mask = attention_mask(document_ids)
         hidden = self.embedding(token_ids)  # (B, S, D)
+        bias = attention_bias(attention_mask(document_ids), compute_dtype(hidden))  # (B, 1, S, S)
         outputs: list[BlockOutput] = []
         for layer, block in enumerate(self.blocks):
-            output = self._run_block(block, hidden, mask, document_ids, memory_rows.get(layer))
+            output = self._run_block(block, hidden, bias, document_ids, memory_rows.get(layer))
             hidden = output.hidden
             outputs.append(output)
         weight = self.embedding.weight if self.head is None else self.head.weight

@@ -52,6 +52,9 @@ VALLEYS: dict[str, Curve] = {
     "pilot: 0.05 left, 0.11 right of 0.4": half_parabolas(0.4, 0.05, 0.11),
     "cubic and exponential at 0.38": lambda rho: 0.05 * np.exp(-4 * rho) + 0.1 * rho**3,
     "steep left, slow right at 0.30": lambda rho: 0.09 * np.exp(-rho / 0.12) + 0.06 * rho**1.2 + 0.03 * rho**4,
+    "* kink at 0.45": lambda rho: 0.15 * np.abs(rho - 0.45),
+    "* level bottom at 0.55": lambda rho: 1.5 * (rho - 0.55) ** 4,
+    "* 1 / rho and a line at 0.35": lambda rho: 0.016 / (rho + 0.1) + 0.079 * rho,
     "slow left, steep right at 0.63": lambda rho: 0.045 * (1 - rho) ** 2 + 0.1 * rho**8,
 }
 

@@ -9,7 +9,15 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from models import attention as attention_module
-from models.attention import Attention, AttentionConfig, attention_mask, masked_attention, rotary_tables, rotate
+from models.attention import (
+    Attention,
+    AttentionConfig,
+    attention_bias,
+    attention_mask,
+    masked_attention,
+    rotary_tables,
+    rotate,
+)
 from models.initialize import initialize
 from models.norm import RMSNorm
 from tests.tiny import relative_error
@@ -79,16 +87,17 @@ def test_attention_equals_a_loop_over_positions_and_heads(cfg):
     attention = make(cfg)
     x = torch.randn(2, 7, 12)
     document_ids = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [3, 4, 4, 4, 4, 4, 5]])
-    out = attention(x, attention_mask(document_ids))
+    out = attention(x, attention_bias(attention_mask(document_ids), x.dtype))
     assert relative_error(out, brute_force(attention, x, document_ids)) < 1e-5
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("shape", [(2, 4, 2, 33, 6), (1, 3, 3, 1, 2), (3, 6, 1, 17, 8)])
+@pytest.mark.parametrize("shape", [(2, 4, 2, 33, 6), (1, 3, 3, 1, 2), (3, 6, 1, 150, 8), (2, 2, 1, 128, 4)])
 def test_cpu_path_equals_torch_in_output_and_gradients(shape, dtype, tolerance):
     batch, heads, kv_heads, seq_len, width = shape
     exact = [torch.randn(batch, n, seq_len, width).to(dtype).float() for n in (heads, kv_heads, kv_heads)]
     mask = attention_mask(torch.randint(0, 3, (batch, seq_len)).sort(dim=1).values)
+    bias = attention_bias(mask, torch.float64)
     upstream = torch.randn(batch, heads, seq_len, width)
     results = []
     for cast, function in (
@@ -96,7 +105,7 @@ def test_cpu_path_equals_torch_in_output_and_gradients(shape, dtype, tolerance):
         (torch.float64, lambda *qkv: F.scaled_dot_product_attention(*qkv[:3], attn_mask=qkv[3], enable_gqa=True)),
     ):
         inputs = [tensor.detach().clone().to(cast).requires_grad_() for tensor in exact]
-        out = function(*inputs, mask)
+        out = function(*inputs, bias)
         out.backward(upstream.to(cast))
         results.append([out, *(tensor.grad for tensor in inputs)])
     for name, actual, expected in zip(("output", "query", "key", "value"), *results, strict=True):
@@ -106,10 +115,10 @@ def test_cpu_path_equals_torch_in_output_and_gradients(shape, dtype, tolerance):
 
 def test_long_sequences_take_torchs_kernel_with_the_same_result(monkeypatch):
     query, key = torch.randn(2, 4, 20, 8), torch.randn(2, 2, 20, 8)
-    mask = attention_mask(torch.zeros(2, 20, dtype=torch.int64))
-    short = masked_attention(query, key, key, mask)
+    bias = attention_bias(attention_mask(torch.zeros(2, 20, dtype=torch.int64)), torch.float32)
+    short = masked_attention(query, key, key, bias)
     monkeypatch.setattr(attention_module, "MATERIALIZE_UP_TO", 19)
-    assert relative_error(masked_attention(query, key, key, mask), short) < 1e-5
+    assert relative_error(masked_attention(query, key, key, bias), short) < 1e-5
 
 
 def test_mask_is_causal_and_ends_at_documents():

@@ -172,6 +172,7 @@ def test_text_files_are_one_document_each_unless_cut(tmp_path: Path) -> None:
     assert texts(data_files=[str(tmp_path / "*.*"), str(tmp_path / "**" / "*.txt")]) == whole
     cut = texts(data_files=[str(tmp_path / "b.txt")], document_separator="\n\n")
     assert cut == [("line 1\nline 2", None), ("line 3", None)]
+    assert texts(data_files=[str(tmp_path / "b.txt")], document_separator=r"\n\n") == cut  # as typed in a shell
 
 
 def test_validation_files_are_held_out(tmp_path: Path) -> None:

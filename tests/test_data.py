@@ -128,6 +128,7 @@ def test_what_does_not_fit_is_refused_with_a_remedy(prepared: PreparedData) -> N
         ({"vocab_size": 256}, r"data\.vocab_size=256 must be at least 257"),
         ({"max_documents": 1}, r"data\.max_documents=1 must be at least 2"),
         ({"val_fraction": 1.0}, r"data\.val_fraction=1\.0 must lie between 0 and 1"),
+        ({"document_separator": ""}, r"data\.document_separator is empty"),
         ({"data_files": ["a.txt"]}, "set data=datasets"),
         ({"source": DataSource.datasets, "path": "a", "data_files": ["b.txt"]}, "both set"),
         ({"source": DataSource.datasets, "data_files": ["b.txt"], "val_split": "test"}, r"data\.val_files"),

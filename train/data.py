@@ -49,13 +49,15 @@ class DataConfig:
     data_files: list[str] = field(default_factory=list)  # datasets: local .txt, .md, .jsonl, .json, .parquet; globs
     val_files: list[str] = field(default_factory=list)  # datasets: local files that validate; none: val_fraction
     text_field: str = "text"  # datasets: column of the text in jsonl and parquet
-    document_separator: str | None = None  # datasets: cuts .txt and .md files into documents; None: a file is one
+    document_separator: str | None = None  # datasets: cuts .txt and .md files into documents, "\n" is a line end
     val_fraction: float = 0.02  # datasets: share of documents held out, chosen by the hash of their text
     fingerprint: str = ""  # identity of the prepared data, filled when a plan is made, checked at start; "" takes any
 
     def __post_init__(self) -> None:
         if self.vocab_size < MIN_BPE_VOCAB and self.tokenizer is None:
             raise ValueError(f"data.vocab_size={self.vocab_size} must be at least {MIN_BPE_VOCAB}: 256 bytes and EOS")
+        if self.document_separator == "":
+            raise ValueError("data.document_separator is empty; give the text between documents, or null")
         if self.max_documents is not None and self.max_documents < 2:
             raise ValueError(f"data.max_documents={self.max_documents} must be at least 2: one to validate; or null")
         if not 0.0 < self.val_fraction < 1.0:

@@ -90,7 +90,8 @@ def _read_files(cfg: DataConfig, files: list[Path]) -> Iterator[tuple[str, str]]
         field = "text" if builder == "text" else cfg.text_field
         for name, text in _texts(rows, field, str(file)):
             if builder == "text" and cfg.document_separator is not None:
-                yield from ((f"{name}.{i}", part) for i, part in enumerate(text.split(cfg.document_separator)))
+                separator = cfg.document_separator.replace("\\n", "\n")  # a command line can hardly hold a line break
+                yield from ((f"{name}.{i}", part) for i, part in enumerate(text.split(separator)))
             else:
                 yield name, text
 
