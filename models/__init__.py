@@ -1,8 +1,8 @@
 """Sparse decoder-only language models in plain torch: DeepSeekMoE experts and Engram memory.
 
 Nothing here knows processes, config frameworks or logging. Reading order: `transformer` (the figure: embed ->
-[engram] -> attention -> feed-forward or experts -> head), `attention`, `feed_forward`, `router`, `moe`, `ngram_hash`,
-`engram`, `memory_table`, `loss`, `initialize`, `accounting`.
+[engram] -> attention -> feed-forward or experts -> head), `attention`, `norm`, `feed_forward`, `router`, `moe`,
+`expert_kernels`, `ngram_hash`, `engram`, `memory_table`, `loss`, `initialize`, `accounting`.
 
 Shape letters used everywhere:
     B batch (sequences)      S sequence positions     T = B * S tokens
