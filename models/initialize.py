@@ -21,7 +21,7 @@ def _fill_normal(tensor: Tensor, std: float, seed: int, name: str) -> None:
 
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int, init_std: float | None = None) -> None:
-    """Matrices normal(0, init_std), norms one, convolution taps and biases zero.
+    """Matrices normal(0, init_std), the embedding normal(0, embedding_init_std), norms one, convolution taps and biases zero.
 
     Every parameter has its own generator, keyed by (seed, parameter name), and every routed expert its own, keyed by
     (seed, parameter name, expert): two models with different numbers of experts, layers or tables share all values
@@ -37,6 +37,9 @@ def initialize(model: nn.Module, seed: int, init_std: float | None = None) -> No
         RuntimeError: a parameter's name tells no rule, so that it would keep whatever its memory held.
     """
     std = init_std if init_std is not None else float(model.cfg.init_std)  # type: ignore[union-attr, arg-type]
+    embedding_std = std
+    if init_std is None and model.cfg.embedding_init_std is not None:  # type: ignore[union-attr]
+        embedding_std = float(model.cfg.embedding_init_std)  # type: ignore[union-attr, arg-type]
     expert_stacks = {
         f"{name}.{key}" if name else key
         for name, module in model.named_modules()
@@ -53,6 +56,8 @@ def initialize(model: nn.Module, seed: int, init_std: float | None = None) -> No
             parameter.fill_(1.0)
         elif last in ("taps", "bias"):
             parameter.zero_()
+        elif name == "embedding.weight":
+            _fill_normal(parameter, embedding_std, seed, name)
         elif last == "weight" and parameter.dim() == 2:
             _fill_normal(parameter, std, seed, name)
         else:

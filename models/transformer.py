@@ -38,6 +38,7 @@ class TransformerConfig:
     tie_embeddings: bool = False  # one matrix for the embedding and the head
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     init_std: float = 0.02  # standard deviation of every weight matrix and table at the start
+    embedding_init_std: float | None = None  # that of the token embedding, if another; docs/log.md says what it does
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     moe: MoEConfig | None = None
     engram: EngramConfig | None = None

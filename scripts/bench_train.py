@@ -7,6 +7,7 @@ ratios within a round are not. The table goes to `benchmarks/results/`.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -27,10 +28,14 @@ from models.moe import MoEConfig
 from models.ngram_hash import NgramHasher, num_rows
 from models.transformer import TransformerConfig
 from train.build import Memory, build_model
+from train.data import Batch, DataConfig, TrainBatches
 from train.engine import Engine, EngineConfig, Precision
 from train.optim import OptimConfig
+from train.prepare import open_prepared
+from train.shards import DataError
 
 BATCH, SEQ, VOCAB = 16, 256, 4096
+NUM_BATCHES = 16  # both sides go through the same ones, in turn
 OUT = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 Step = Callable[[], float]
 
@@ -47,12 +52,24 @@ def tiny() -> TransformerConfig:
     )
 
 
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Fixed ids with a Zipf-like spread, so that the router is neither uniform nor degenerate."""
+def batches() -> list[Batch]:
+    """The first windows of the prepared text, so that the routers see what they see in training.
+
+    Without prepared data: ids with a Zipf-like spread in one document.
+    """
+    try:
+        source = TrainBatches(open_prepared(DataConfig()), SEQ, BATCH, seed=0)
+        return [source.batch(step) for step in range(NUM_BATCHES)]
+    except DataError as error:
+        print(f"  no prepared text ({error}); random ids with a Zipf-like spread instead", flush=True)
     generator = torch.Generator().manual_seed(0)
     weights = 1.0 / torch.arange(1, VOCAB + 1)
-    ids = torch.multinomial(weights, BATCH * (SEQ + 1), replacement=True, generator=generator).view(BATCH, SEQ + 1)
-    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    result = []
+    for _ in range(NUM_BATCHES):
+        ids = torch.multinomial(weights, BATCH * (SEQ + 1), replacement=True, generator=generator).view(BATCH, SEQ + 1)
+        inputs = ids[:, :-1].contiguous()
+        result.append(Batch(inputs, ids[:, 1:].contiguous(), torch.zeros_like(inputs)))
+    return result
 
 
 def our_step(precision: Precision, rows_per_head: int | None = None) -> Step:
@@ -67,19 +84,17 @@ def our_step(precision: Precision, rows_per_head: int | None = None) -> Step:
     model = build_model(cfg, 0, torch.device("cpu"))
     engine_cfg = EngineConfig(precision=precision, num_threads=torch.get_num_threads())
     engine = Engine(model, dict(memory.tables), OptimConfig(lr=1e-3), engine_cfg, BATCH, torch.device("cpu"))
-    ids, targets = batch()
-    documents = torch.zeros_like(ids)
+    source = itertools.cycle(batches())
     draw = torch.Generator().manual_seed(1)
 
     def step() -> float:
-        if memory.hasher is None:
-            inputs, row_ids = ids, {}
-        else:  # new n-grams at every step, so that rows are not found in the cache
-            inputs = torch.randint(0, VOCAB, ids.shape, generator=draw)
-            row_ids = memory.hasher(inputs, documents)
+        batch = next(source)
+        if memory.hasher is not None:  # new n-grams at every step, so that rows are not found in the cache
+            batch.token_ids = torch.randint(0, VOCAB, batch.token_ids.shape, generator=draw)
+        row_ids = memory.row_ids(batch)
         rows = memory.lookup(row_ids)
-        output = engine.forward(inputs, documents, rows)
-        nats, count = cross_entropy(output.logits, targets)
+        output = engine.forward(batch.token_ids, batch.document_ids, rows)
+        nats, count = cross_entropy(output.logits, batch.targets)
         loss = nats / count + sum(output.aux_losses.values())
         engine.backward(loss, row_ids, rows)
         engine.step(1.0)
@@ -106,12 +121,13 @@ def hugging_face_step(precision: Precision, experts: str, compiled: bool) -> Ste
     model.train()
     forward = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    ids, targets = batch()
+    source = itertools.cycle(batches())
 
     def step() -> float:
+        batch = next(source)
         with torch.autocast("cpu", torch.bfloat16) if precision is Precision.bf16 else nullcontext():
-            logits = forward(input_ids=ids).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            logits = forward(input_ids=batch.token_ids).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -121,7 +137,7 @@ def hugging_face_step(precision: Precision, experts: str, compiled: bool) -> Ste
     return step
 
 
-def measure(steps: dict[str, Step], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
+def measure(steps: dict[str, Step], rounds: int, warm_up: int = 10) -> dict[str, list[float]]:
     """Seconds of each step, in interleaved rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for name, step in steps.items():

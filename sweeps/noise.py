@@ -122,7 +122,7 @@ def two_way(cells: Sequence[tuple[object, int, float]]) -> TwoWay:
     """
     if not cells:
         raise ValueError("cells=[]: at least one (arm, seed, loss) is needed; run the sweep before fitting it")
-    cells = sorted(cells, key=lambda cell: cell[:2])  # type: ignore[arg-type, return-value]
+    cells = sorted(cells, key=lambda cell: cell[:2])
     keys = [(label, seed) for label, seed, _ in cells]
     if len(set(keys)) != len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)

@@ -144,7 +144,15 @@ class ShapeNull:
         at = both.argmin(axis=1)
         smallest = [p.min(axis=1) for p in (fall, rise, late_fall, early_rise)]
         return [
-            ShapeTest(float(both[i, at[i]]), *(float(p[i]) for p in smallest), int(at[i]) + 1, self.df)
+            ShapeTest(
+                p_interior=float(both[i, at[i]]),
+                p_fall=float(smallest[0][i]),
+                p_rise=float(smallest[1][i]),
+                p_late_fall=float(smallest[2][i]),
+                p_early_rise=float(smallest[3][i]),
+                turning_index=int(at[i]) + 1,
+                df=self.df,
+            )
             for i in range(len(means))
         ]
 

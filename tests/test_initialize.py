@@ -36,6 +36,12 @@ def test_every_parameter_gets_a_finite_value(kind):
             assert parameter.std().item() == pytest.approx(cfg.init_std, rel=0.25), name
 
 
+def test_the_embedding_may_start_wider():
+    parameters = fresh(replace(tiny_config(), embedding_init_std=1.0))
+    assert parameters["embedding.weight"].std().item() == pytest.approx(1.0, rel=0.1)
+    assert parameters["head.weight"].std().item() == pytest.approx(tiny_config().init_std, rel=0.25)
+
+
 def test_same_seed_same_values_other_seed_other_values():
     first, again, other = fresh(tiny_config()), fresh(tiny_config()), fresh(tiny_config(), seed=1)
     assert all(torch.equal(first[name], again[name]) for name in first)

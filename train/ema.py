@@ -28,7 +28,7 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, tables: Mapping[int, LocalTable], decay: float, max_steps: int) -> None:
-        self.parameters = list(model.parameters())
+        self.parameters: list[Tensor] = list(model.parameters())
         self.tables = tables
         self.dense = [parameter.detach().clone() for parameter in self.parameters]
         self.rows = {layer: table.weight.clone() for layer, table in tables.items()}

@@ -278,7 +278,7 @@ def _make_optimizer(groups: list[ParameterGroup], optim: OptimConfig) -> torch.o
     Muon is built here and not through DeepSpeed's configuration, which tags parameters by its own rule: every tensor of
     two dimensions that is not called `embed` or `lm_head`, so also norms with one row per branch, routers and our head.
     """
-    adamw = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+    adamw: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
     records: list[dict[str, Any]] = [
         {"params": [p for _, p in group.parameters], "weight_decay": group.weight_decay, "name": group.name}
         for group in groups

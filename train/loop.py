@@ -101,7 +101,8 @@ def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
     ):
         for step in range(first_step, max_steps):
             micro_batches, num_targets = _micro_batches(batches.batch(step), cfg.micro_batch_size, device)
-            nats, expert_counts = 0.0, None
+            nats = 0.0
+            expert_counts: torch.Tensor | None = None
             for micro_batch in micro_batches:
                 row_ids = memory.row_ids(micro_batch)
                 rows = memory.lookup(row_ids)
@@ -111,8 +112,9 @@ def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
                 nats += micro_nats.detach().item()
                 _stop_if_not_finite("loss", nats, step)
                 engine.backward(loss, row_ids, rows)
-                counts = output.stats.expert_counts
-                expert_counts = counts if expert_counts is None else expert_counts + counts
+                if output.stats.expert_counts is not None:
+                    counts = output.stats.expert_counts
+                    expert_counts = counts if expert_counts is None else expert_counts + counts
 
             if average is not None:
                 average.before_step()

@@ -46,6 +46,7 @@ class StepStatistics:
             load = expert_counts.double() / expert_counts.double().mean(dim=1, keepdim=True)  # (layers, E)
             record["moe/max_load"] = float(load.max())
             record["moe/expert_counts"] = expert_counts.tolist()
+        if stats.router_entropy is not None:
             record["moe/router_entropy"] = stats.router_entropy.tolist()
         for layer, table in tables.items():
             record[f"engram/gate_mean_{layer}"] = float(stats.gate_mean[layer])
