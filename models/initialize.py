@@ -21,7 +21,7 @@ def _fill_normal(tensor: Tensor, std: float, seed: int, name: str) -> None:
 
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int, init_std: float | None = None) -> None:
-    """Matrices normal(0, init_std), the embedding normal(0, embedding_init_std), norms one, convolution taps and biases zero.
+    """Matrices normal(0, init_std), embedding normal(0, embedding_init_std), norms one, taps and biases zero.
 
     Every parameter has its own generator, keyed by (seed, parameter name), and every routed expert its own, keyed by
     (seed, parameter name, expert): two models with different numbers of experts, layers or tables share all values
