@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models import native
 from models.norm import RMSNorm
 
 
@@ -109,14 +110,44 @@ def rotate(x: Tensor, tables: Tensor) -> Tensor:
 # Longest sequence for which the CPU path below keeps all probabilities: (B, H, S, S) in the type of the matmuls.
 MATERIALIZE_UP_TO = 512
 # Its queries are handled in blocks of this many positions; keys after the end of the block are masked and left out.
-QUERY_BLOCK = 64
+QUERY_BLOCK = 128
+
+
+def masked_softmax(scores: Tensor, bias: Tensor, start: int) -> Tensor:
+    """softmax(scores + bias), without a graph; `scores` is used up.
+
+    Args:
+        scores: (B * H_kv, G * block, end): G query heads of one key head, positions start .. start + block.
+        bias: (B, 1, S, S) in the type of `scores`.
+        start: first position of the block.
+
+    Returns:
+        Like `scores`.
+    """
+    batch, _, seq_len, _ = bias.shape
+    groups, rows, end = scores.shape
+    block = end - start
+    if native.available(scores) and bias.is_contiguous():
+        native.call("masked_softmax", groups, groups // batch, rows, block, start, end, seq_len, bias, scores)
+        return scores
+    by_head = scores.view(batch, -1, block, end)  # (B, H, block, end)
+    return by_head.add_(bias[:, :, start:end, :end]).softmax(-1).view_as(scores)
+
+
+def softmax_backward(grad: Tensor, probabilities: Tensor) -> Tensor:
+    """Gradient through a softmax with result p: p * (grad - sum(p * grad)) over the last axis; `grad` is used up."""
+    if native.available(grad):
+        width = grad.shape[-1]
+        native.call("softmax_backward", grad.numel() // width, width, probabilities, grad)
+        return grad
+    return torch.ops.aten._softmax_backward_data(grad, probabilities, -1, probabilities.dtype)
 
 
 class _MaterializedAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(C) + bias) v by plain batched matmuls, keeping the probabilities.
 
     On CPU torch's fused kernel is slow backwards: forward and backward of 16 x 4 heads x 256 positions x 32 take
-    34 ms in bf16, these matmuls 10 ms (one thread). Query heads of one key head are stacked as rows of one matmul.
+    31 ms in bf16, these matmuls 13 ms (one thread). Query heads of one key head are stacked as rows of one matmul.
     """
 
     @staticmethod
@@ -131,8 +162,7 @@ class _MaterializedAttention(torch.autograd.Function):
             end = min(start + QUERY_BLOCK, seq_len)
             block = query[:, :, start:end].reshape(batch * num_kv_heads, -1, width)  # (B * H_kv, G * block, C)
             scores = torch.bmm(block, key[:, :end].transpose(1, 2))  # (B * H_kv, G * block, end)
-            shape = (batch, num_heads, end - start, end)
-            probabilities = scores.view(shape).add_(bias[:, :, start:end, :end]).softmax(-1).view_as(scores)
+            probabilities = masked_softmax(scores, bias, start)
             out[:, :, start:end] = torch.bmm(probabilities, value[:, :end]).view(out[:, :, start:end].shape)
             saved += [block, probabilities]
         ctx.save_for_backward(key, value, *saved)
@@ -151,9 +181,7 @@ class _MaterializedAttention(torch.autograd.Function):
             block, probabilities = saved[2 * index : 2 * index + 2]
             grad_block = grad[:, :, start:end].reshape(block.shape)
             grad_value[:, :end] += torch.bmm(probabilities.transpose(1, 2), grad_block)
-            grad_scores = torch.ops.aten._softmax_backward_data(
-                torch.bmm(grad_block, value[:, :end].transpose(1, 2)), probabilities, -1, probabilities.dtype
-            )
+            grad_scores = softmax_backward(torch.bmm(grad_block, value[:, :end].transpose(1, 2)), probabilities)
             grad_key[:, :end] += torch.bmm(grad_scores.transpose(1, 2), block)
             grad_query[:, :, start:end] = torch.bmm(grad_scores, key[:, :end]).view(grad[:, :, start:end].shape)
         kv_shape = (batch, num_kv_heads, seq_len, width)
@@ -180,6 +208,42 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) ->
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=enable_gqa)
 
 
+class _SplitHeads(torch.autograd.Function):
+    """The native path of `Attention._split`: norm, rotation and the change of layout in one pass each way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        heads: Tensor,
+        query_weight: Tensor | None,
+        key_weight: Tensor | None,
+        tables: Tensor,
+        num_heads: int,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, seq_len, all_heads, width = heads.shape
+        num_kv_heads = (all_heads - num_heads) // 2
+        heads, (cos, sin) = heads.contiguous(), tables
+        ctx.sizes = (batch, seq_len, num_heads, num_kv_heads, width)
+        query = heads.new_empty(batch, num_heads, seq_len, width)
+        key, value = heads.new_empty(2, batch, num_kv_heads, seq_len, width)
+        inverse = tables.new_empty(batch, seq_len, num_heads + num_kv_heads)  # 1 / rms of every head
+        native.call(
+            "split_heads_forward", *ctx.sizes, float(eps), heads, query_weight, key_weight, cos, sin, query, key, value,
+            inverse,
+        )  # fmt: skip
+        ctx.save_for_backward(heads, query_weight, key_weight, cos, sin, inverse)
+        return query, key, value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_heads = torch.empty_like(ctx.saved_tensors[0])
+        grad_weights = [None if weight is None else torch.zeros_like(weight) for weight in ctx.saved_tensors[1:3]]
+        grads = tuple(grad.contiguous() for grad in grads)
+        native.call("split_heads_backward", *ctx.sizes, *ctx.saved_tensors, *grads, grad_heads, *grad_weights)
+        return grad_heads, *grad_weights, None, None, None
+
+
 class Attention(nn.Module):
     """softmax(q k^T / sqrt(C) + mask) v over grouped heads, then the output projection; no biases."""
 
@@ -188,6 +252,7 @@ class Attention(nn.Module):
     def __init__(self, cfg: AttentionConfig, d_model: int, seq_len: int, norm_eps: float):
         super().__init__()
         self.cfg = cfg
+        self.norm_eps = norm_eps
         num_heads_in = cfg.num_heads + 2 * cfg.num_kv_heads
         self.qkv = nn.Linear(d_model, num_heads_in * cfg.head_dim, bias=False)  # rows: queries, keys, values
         self.output = nn.Linear(cfg.num_heads * cfg.head_dim, d_model, bias=False)
@@ -205,15 +270,24 @@ class Attention(nn.Module):
         Returns:
             (B, S, D).
         """
-        cfg = self.cfg
         batch, seq_len, _ = x.shape
-        heads = self.qkv(x).view(batch, seq_len, -1, cfg.head_dim)  # (B, S, H + 2 H_kv, C)
+        heads = self.qkv(x).view(batch, seq_len, -1, self.cfg.head_dim)  # (B, S, H + 2 H_kv, C)
+        query, key, value = self._split(heads)
+        attended = masked_attention(query, key, value, bias)  # (B, H, S, C)
+        return self.output(attended.transpose(1, 2).flatten(2))  # (B, S, D)
+
+    def _split(self, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed and turned queries (B, H, S, C) and keys (B, H_kv, S, C), and values like the keys."""
+        cfg = self.cfg
+        seq_len = heads.shape[1]
+        tables = self.rotary[:, :seq_len]
+        if native.available(heads):
+            weights = [None if norm is None else norm.weight for norm in (self.query_norm, self.key_norm)]
+            return _SplitHeads.apply(heads, *weights, tables, cfg.num_heads, self.norm_eps)
         query_key, value = heads.split((cfg.num_heads + cfg.num_kv_heads, cfg.num_kv_heads), dim=2)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = query_key.split((cfg.num_heads, cfg.num_kv_heads), dim=2)
             query_key = torch.cat((self.query_norm(query), self.key_norm(key)), dim=2).to(value.dtype)
-        query_key = rotate(query_key, self.rotary[:, :seq_len])
+        query_key = rotate(query_key, tables)
         query, key = query_key.split((cfg.num_heads, cfg.num_kv_heads), dim=2)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, heads, S, C)
-        attended = masked_attention(query, key, value, bias)  # (B, H, S, C)
-        return self.output(attended.transpose(1, 2).flatten(2))  # (B, S, D)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

@@ -5,13 +5,14 @@ All three compute, for every row r of expert e with gate value w_r,
     y_r = w_r * down_e( silu(gate_e(x_r)) * up_e(x_r) ).
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.feed_forward import silu_mul
+from models.feed_forward import silu_mul, swiglu_hidden, swiglu_hidden_backward
 
 
 def swiglu_loop(tokens: Tensor, weights: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -63,65 +64,56 @@ class Bucket(NamedTuple):
 
 
 class _SwigluPadded(torch.autograd.Function):
-    """One batched matmul per bucket and projection; keeps the pre-activations and repeats the elementwise part."""
+    """Bucket by bucket, so that what one matmul writes is still in the cache when the next step reads it.
+
+    Keeps the pre-activations and repeats the elementwise part in the backward pass.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, tokens: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, order: Tensor, buckets: list[Bucket]
     ) -> Tensor:
         gate_up, down = gate_up.index_select(0, order), down.index_select(0, order)
-        pre = _bucketed_matmul(tokens, gate_up, buckets)  # (rows, 2F)
+        pre = tokens.new_empty(tokens.shape[0], gate_up.shape[2])  # (rows, 2F)
+        out = torch.empty_like(tokens)
+        for experts, rows, group in _slices(buckets):
+            torch.bmm(tokens[rows].view(group), gate_up[experts], out=pre[rows].view(group))
+            hidden = swiglu_hidden(pre[rows], weights[rows])  # (rows, F)
+            torch.bmm(hidden.view(group), down[experts], out=out[rows].view(group))
         ctx.save_for_backward(tokens, weights, gate_up, down, pre, order)
         ctx.buckets = buckets
-        gate, up = pre.chunk(2, dim=-1)
-        hidden = F.silu(gate).mul_(up).mul_(weights)  # (rows, F)
-        return _bucketed_matmul(hidden, down, buckets)  # (rows, D)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tokens, weights, gate_up, down, pre, order = ctx.saved_tensors
-        buckets: list[Bucket] = ctx.buckets
         grad = grads[0].contiguous()
-        gate, up = pre.chunk(2, dim=-1)
-        silu = F.silu(gate)
-        hidden = silu * up
-        grad_hidden = _bucketed_matmul(grad, down.transpose(1, 2), buckets)  # (rows, F), before the gate value
-        grad_weights = (grad_hidden * hidden).sum(-1, keepdim=True)
+        grad_tokens, grad_weights = torch.empty_like(tokens), torch.empty_like(weights)
+        grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
+        last = 0
+        for experts, rows, group in _slices(ctx.buckets):
+            grad_rows = grad[rows].view(group)
+            grad_hidden = torch.bmm(grad_rows, down[experts].transpose(1, 2)).flatten(0, 1)  # before the gate value
+            hidden, grad_pre, weight_part = swiglu_hidden_backward(pre[rows], weights[rows], grad_hidden)
+            assert weight_part is not None  # there are weights
+            grad_weights[rows] = weight_part
+            torch.bmm(hidden.view(group).transpose(1, 2), grad_rows, out=grad_down[experts])
+            torch.bmm(tokens[rows].view(group).transpose(1, 2), grad_pre.view(group), out=grad_gate_up[experts])
+            torch.bmm(grad_pre.view(group), gate_up[experts].transpose(1, 2), out=grad_tokens[rows].view(group))
+            last = experts.stop
+        grad_gate_up[last:], grad_down[last:] = 0, 0  # experts without rows
         place = order.argsort()  # of each expert in the order of the buckets
-        grad_down = _bucketed_outer(hidden.mul_(weights), grad, down, buckets).index_select(0, place)
-        grad_hidden.mul_(weights)
-        grad_pre = torch.empty_like(pre)
-        grad_gate, grad_up = grad_pre.chunk(2, dim=-1)
-        torch.mul(silu, grad_hidden, out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad_hidden.mul_(up), gate, grad_input=grad_gate)
-        grad_gate_up = _bucketed_outer(tokens, grad_pre, gate_up, buckets).index_select(0, place)
-        grad_tokens = _bucketed_matmul(grad_pre, gate_up.transpose(1, 2), buckets)
+        grad_gate_up, grad_down = grad_gate_up.index_select(0, place), grad_down.index_select(0, place)
         return grad_tokens, grad_weights, grad_gate_up, grad_down, None, None
 
 
-def _bucketed_matmul(rows: Tensor, matrices: Tensor, buckets: list[Bucket]) -> Tensor:
-    """Product of rows (rows, I) and matrices (E, I, O), bucket by bucket -> (rows, O)."""
-    out = rows.new_empty(rows.shape[0], matrices.shape[2])
+def _slices(buckets: list[Bucket]) -> Iterator[tuple[slice, slice, tuple[int, int, int]]]:
+    """Of each bucket: its experts, its rows, and the shape that makes its rows one batch with a group per expert."""
     start = 0
     for first, last, length in buckets:
-        shape = (last - first, length, -1)
-        part = slice(start, start + (last - first) * length)
-        torch.bmm(rows[part].view(shape), matrices[first:last], out=out[part].view(shape))
-        start = part.stop
-    return out
-
-
-def _bucketed_outer(left: Tensor, right: Tensor, like: Tensor, buckets: list[Bucket]) -> Tensor:
-    """Per expert left^T (I, rows) @ right (rows, O) -> (E, I, O); zero for experts without rows."""
-    out = torch.empty_like(like)
-    start = end = 0
-    for first, last, length in buckets:
-        shape = (last - first, length, -1)
-        part = slice(start, start + (last - first) * length)
-        torch.bmm(left[part].view(shape).transpose(1, 2), right[part].view(shape), out=out[first:last])
-        start, end = part.stop, last
-    out[end:] = 0
-    return out
+        end = start + (last - first) * length
+        yield slice(first, last), slice(start, end), (last - first, length, -1)
+        start = end
 
 
 def swiglu_padded(

@@ -6,6 +6,52 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models import native
+
+
+def swiglu_hidden(pre: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Weighted hidden layer w * silu(gate) * up, without a graph.
+
+    Args:
+        pre: (rows, 2F), gate and up side by side.
+        weights: (rows, 1) w; None is 1.
+
+    Returns:
+        (rows, F).
+    """
+    if native.available(pre) and pre.is_contiguous():
+        hidden = pre.new_empty(pre.shape[0], pre.shape[1] // 2)
+        native.call("swiglu_forward", *hidden.shape, pre, weights, hidden)
+        return hidden
+    gate, up = pre.chunk(2, dim=-1)
+    hidden = F.silu(gate).mul_(up)
+    return hidden if weights is None else hidden.mul_(weights)
+
+
+def swiglu_hidden_backward(pre: Tensor, weights: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Backward of `swiglu_hidden`, given the gradient (rows, F) of its result (before w, where there are weights).
+
+    Returns:
+        The result again (rows, F), the gradient of `pre` (rows, 2F), and of the weights (rows, 1) or None.
+    """
+    if native.available(pre) and pre.is_contiguous() and grad.is_contiguous():
+        hidden, grad_pre = torch.empty_like(grad), torch.empty_like(pre)
+        grad_weights = None if weights is None else torch.empty_like(weights)
+        native.call("swiglu_backward", *grad.shape, pre, weights, grad, hidden, grad_pre, grad_weights)
+        return hidden, grad_pre, grad_weights
+    gate, up = pre.chunk(2, dim=-1)
+    silu = F.silu(gate)
+    hidden = silu * up
+    grad_weights = None
+    if weights is not None:
+        grad_weights = (grad * hidden).sum(-1, keepdim=True)
+        grad, hidden = grad * weights, hidden.mul_(weights)
+    grad_pre = torch.empty_like(pre)
+    grad_gate, grad_up = grad_pre.chunk(2, dim=-1)
+    torch.mul(silu, grad, out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+    return hidden, grad_pre, grad_weights
+
 
 class _SiluMul(torch.autograd.Function):
     """silu(a) * b of the two halves of one tensor, keeping only its input for the backward pass."""
@@ -13,19 +59,12 @@ class _SiluMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return swiglu_hidden(gate_up.flatten(0, -2)).view(*gate_up.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
-        (grad,) = grads
-        gate, up = gate_up.chunk(2, dim=-1)
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), grad, out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        return grad_gate_up
+        return swiglu_hidden_backward(gate_up.flatten(0, -2), None, grads[0].flatten(0, -2))[1].view_as(gate_up)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models import native
+
 # Targets with this value are not predicted: padding, and the first token of the next document.
 IGNORE_INDEX = -100
 
@@ -12,18 +14,45 @@ IGNORE_INDEX = -100
 CHUNK_ELEMENTS = 1 << 18
 
 
+def _log_sum_exp(logits: Tensor) -> Tensor:
+    """(T,) fp32 logsumexp over the last axis of logits (T, V)."""
+    rows, vocab_size = logits.shape
+    log_sum_exp = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    if native.available(logits):
+        native.call("log_sum_exp", rows, vocab_size, logits, log_sum_exp, log_sum_exp.new_empty(vocab_size))
+        return log_sum_exp
+    chunk = max(1, CHUNK_ELEMENTS // vocab_size)
+    buffer = log_sum_exp.new_empty(chunk, vocab_size)
+    for start in range(0, rows, chunk):
+        part = logits[start : start + chunk]
+        torch.logsumexp(buffer[: part.shape[0]].copy_(part), -1, out=log_sum_exp[start : start + chunk])
+    return log_sum_exp
+
+
+def _grad_logits(logits: Tensor, log_sum_exp: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+    """(T, V) scale * (exp(logits - log_sum_exp) - one-hot(targets)), in the type of `logits`; scale is (T,) fp32."""
+    rows, vocab_size = logits.shape
+    grad_logits = torch.empty_like(logits)
+    if native.available(logits):
+        native.call("cross_entropy_backward", rows, vocab_size, logits, targets, log_sum_exp, scale, grad_logits)
+        return grad_logits
+    chunk = max(1, CHUNK_ELEMENTS // vocab_size)
+    buffer = log_sum_exp.new_empty(chunk, vocab_size)
+    for start in range(0, rows, chunk):
+        part = slice(start, min(start + chunk, rows))
+        softmax = buffer[: part.stop - start].copy_(logits[part]).sub_(log_sum_exp[part, None]).exp_()
+        softmax.scatter_add_(1, targets[part, None], softmax.new_full((softmax.shape[0], 1), -1.0))
+        grad_logits[part] = softmax.mul_(scale[part, None])
+    return grad_logits
+
+
 class _CrossEntropySum(torch.autograd.Function):
     """Sum of log-sum-exp minus target logit. Keeps the logits and one number per row; softmax is recomputed."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        rows, vocab_size = logits.shape
-        chunk = max(1, CHUNK_ELEMENTS // vocab_size)
-        log_sum_exp = torch.empty(rows, dtype=torch.float32, device=logits.device)
-        buffer = torch.empty(chunk, vocab_size, dtype=torch.float32, device=logits.device)
-        for start in range(0, rows, chunk):
-            part = logits[start : start + chunk]
-            torch.logsumexp(buffer[: part.shape[0]].copy_(part), -1, out=log_sum_exp[start : start + chunk])
+        logits = logits.contiguous()
+        log_sum_exp = _log_sum_exp(logits)
         valid = targets != IGNORE_INDEX
         safe_targets = targets.where(valid, 0)
         target_logits = logits.gather(1, safe_targets[:, None])[:, 0].float()
@@ -33,17 +62,7 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits, log_sum_exp, targets, valid = ctx.saved_tensors
-        rows, vocab_size = logits.shape
-        chunk = max(1, CHUNK_ELEMENTS // vocab_size)
-        scale = grads[0].float() * valid  # (rows,)
-        grad_logits = torch.empty_like(logits)
-        buffer = torch.empty(chunk, vocab_size, dtype=torch.float32, device=logits.device)
-        for start in range(0, rows, chunk):
-            part = slice(start, min(start + chunk, rows))
-            softmax = buffer[: part.stop - start].copy_(logits[part]).sub_(log_sum_exp[part, None]).exp_()
-            softmax.scatter_add_(1, targets[part, None], softmax.new_full((softmax.shape[0], 1), -1.0))
-            grad_logits[part] = softmax.mul_(scale[part, None])
-        return grad_logits, None
+        return _grad_logits(logits, log_sum_exp, targets, grads[0].float() * valid), None
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

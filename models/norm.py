@@ -6,12 +6,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models import native
+
 
 class _RMSNorm(torch.autograd.Function):
     """x / rms(x) * weight in fp32. Keeps x and one number per vector; the sums of the backward pass are matmuls."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if native.available(x, torch.float32) and x.is_contiguous():
+            out, inverse = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1)
+            native.call("rms_norm_forward", inverse.numel(), x.shape[-1], float(eps), x, weight, out, inverse)
+            ctx.save_for_backward(x, weight, inverse)
+            return out
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         inverse = (norm.square_() / x.shape[-1]).add_(eps).rsqrt_()  # (..., 1)
         ctx.save_for_backward(x, weight, inverse)
@@ -21,6 +28,11 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         (grad,) = grads
+        if native.available(x, torch.float32) and x.is_contiguous():
+            grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+            sizes = (inverse.numel(), x.shape[-1])
+            native.call("rms_norm_backward", *sizes, x, weight, inverse, grad.contiguous(), grad_x, grad_weight)
+            return grad_x, grad_weight, None
         product = (grad * x).flatten(0, -2)  # (T, D)
         grad_weight = inverse.view(1, -1) @ product  # (1, D)
         # d/dx of x * inverse(x): the part of the gradient along x is removed

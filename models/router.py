@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models import native
+
 
 @dataclass
 class RouterConfig:
@@ -36,6 +38,15 @@ class Routing(NamedTuple):
     entropy: Tensor  # scalar fp32, detached: mean over tokens of the entropy of the normalised scores, in nats
 
 
+def top_k_ids(scores: Tensor, top_k: int) -> Tensor:
+    """Ids of the K highest of scores (T, E) fp32, in any order: (T, K) int64."""
+    if native.available(scores, torch.float32) and scores.is_contiguous():
+        ids = torch.empty(scores.shape[0], top_k, dtype=torch.int64)
+        native.call("top_k", *scores.shape, top_k, scores, ids)
+        return ids
+    return scores.topk(top_k, dim=-1, sorted=False).indices
+
+
 def sequence_balance_loss(scores: Tensor, top_k: int) -> Tensor:
     """Mean over sequences of sum_i f_i P_i (V3 eqs 17 to 20, without the factor alpha).
 
@@ -50,7 +61,7 @@ def sequence_balance_loss(scores: Tensor, top_k: int) -> Tensor:
         Scalar fp32.
     """
     batch, seq_len, num_experts = scores.shape
-    chosen = scores.detach().topk(top_k, dim=-1, sorted=False).indices  # (B, S, K)
+    chosen = top_k_ids(scores.detach().flatten(0, 1), top_k).view(batch, seq_len, top_k)
     sequence = torch.arange(batch, device=scores.device)[:, None, None]
     counts = torch.bincount((chosen + sequence * num_experts).flatten(), minlength=batch * num_experts)
     fraction = counts.view(batch, num_experts) * (num_experts / (top_k * seq_len))  # f, (B, E)
@@ -87,7 +98,7 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             scores = (x.float() @ self.weight.float().t()).sigmoid()  # (B, S, E)
         flat = scores.flatten(0, 1)  # (T, E)
-        expert_ids = (flat.detach() + self.expert_bias).topk(cfg.top_k, dim=-1, sorted=False).indices  # (T, K)
+        expert_ids = top_k_ids(flat.detach() + self.expert_bias, cfg.top_k)  # (T, K)
         chosen = flat.gather(1, expert_ids)
         weights = cfg.route_scale * chosen / chosen.sum(-1, keepdim=True)
         counts = torch.bincount(expert_ids.flatten(), minlength=self.num_experts)

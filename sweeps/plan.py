@@ -23,7 +23,7 @@ from sweeps.settings import KeepCheckpoints, SweepConfig
 from sweeps.trial import Plan, Trial, TrialKind, trial_id
 from train.config import Config, resolve, to_plain, validate
 from train.data import check_fits
-from train.engine import Precision
+from train.engine import NativeKernels, Precision
 from train.identity import identity_settings
 from train.shards import PreparedData
 
@@ -246,12 +246,14 @@ def _process_bytes(model: TransformerConfig) -> int:
 
 
 def _keep_machine_choices(base: Config, previous: Plan) -> None:
-    """Where the user left threads or precision open, take those the sweep was started with."""
+    """Where the user left threads, precision or kernels open, take those the sweep was started with."""
     engine = previous.identity["engine"]
     if base.engine.num_threads == 0:
         base.engine.num_threads = int(engine["num_threads"])
     if base.engine.precision is Precision.auto:
         base.engine.precision = Precision(engine["precision"])
+    if base.engine.native_kernels is NativeKernels.auto:
+        base.engine.native_kernels = NativeKernels(engine["native_kernels"])
 
 
 def _refuse_equal_arms(arms: dict[float, Arm]) -> None:

@@ -7,7 +7,17 @@ from torch.nn import functional as F
 
 from models.expert_kernels import Bucket
 from models.initialize import initialize
-from models.moe import ROW_MULTIPLE, Dispatched, ExpertKernel, Experts, LocalDispatcher, MoE, MoEConfig, make_buckets
+from models.moe import (
+    ROW_MULTIPLE,
+    Dispatched,
+    ExpertKernel,
+    Experts,
+    LocalDispatcher,
+    MoE,
+    MoEConfig,
+    make_buckets,
+    padded_length,
+)
 from models.router import RouterConfig
 from tests.tiny import relative_error
 
@@ -120,17 +130,21 @@ def test_dispatch_groups_tokens_by_expert():
     assert flat.weights[:, 0].tolist() == [1, 4, 3, 6, 0, 2, 5, 7]
     padded = LocalDispatcher(3, padded=True).dispatch(x, expert_ids, weights)
     assert padded.order is not None and padded.order.tolist() == [2, 0, 1]  # 4, 2 and 2 rows
-    assert padded.buckets == [Bucket(0, 3, ROW_MULTIPLE)]
+    assert padded.buckets == [Bucket(0, 1, ROW_MULTIPLE), Bucket(1, 2, ROW_MULTIPLE), Bucket(2, 3, ROW_MULTIPLE)]
     rows, row_weights = padded.tokens.view(3, ROW_MULTIPLE, 2), padded.weights.view(3, ROW_MULTIPLE)
     assert torch.equal(rows[0, :4], x) and torch.equal(rows[2, :2], x[[1, 3]])
     assert row_weights[1].tolist() == [1, 4] + [0] * (ROW_MULTIPLE - 2)
 
 
-def test_buckets_hold_similar_loads_and_leave_out_empty_experts():
-    assert make_buckets([500, 400, 330, 129, 128, 64, 1, 0, 0]) == [
-        Bucket(0, 3, 512), Bucket(3, 4, 192), Bucket(4, 5, 128), Bucket(5, 7, 64),
+def test_buckets_have_few_shapes_and_leave_out_empty_experts():
+    assert make_buckets([2000, 1100, 500, 400, 330, 129, 128, 64, 60, 1] + [0] * 20) == [
+        Bucket(0, 1, 2048), Bucket(1, 2, 1152), Bucket(2, 4, 512), Bucket(4, 8, 352), Bucket(8, 12, 64),
     ]  # fmt: skip
+    assert make_buckets([3, 2, 1]) == [Bucket(0, 1, 32), Bucket(1, 2, 32), Bucket(2, 3, 32)]
     assert make_buckets([0, 0]) == []
+    lengths = {padded_length(count) for count in range(1, 4097)}
+    assert len(lengths) == 16 + 3 * 8
+    assert all(count <= padded_length(count) <= max(count + 31, 1.125 * count) for count in range(1, 4097))
 
 
 def make_moe(kernel: ExpertKernel, shared_width: int = 12, num_experts: int = 6) -> MoE:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from models.memory_table import MemoryOptimConfig
 from models.transformer import TransformerConfig
 from train.data import DataConfig
-from train.engine import EngineConfig, resolve_precision
+from train.engine import EngineConfig, resolve_native, resolve_precision
 from train.identity import identity_hash
 from train.loop import TrainConfig
 from train.metrics import LogConfig
@@ -94,10 +94,11 @@ def config_hash(config: Config) -> str:
 
 
 def resolve(config: Config) -> Config:
-    """Fill what depends on the machine (precision, threads), so that it is part of the run's identity. In place."""
+    """Fill what depends on the machine (precision, threads, kernels), so that it is part of the run's identity. In place."""
     config.engine.precision = resolve_precision(config.engine.precision)
     if config.engine.num_threads == 0:
         config.engine.num_threads = len(os.sched_getaffinity(0))
+    config.engine.native_kernels = resolve_native(config.engine)
     return config
 
 

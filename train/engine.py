@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models import native
 from models.memory_table import MemoryTable
 from models.transformer import Output, Transformer
 from train.optim import OptimConfig, OptimizerKind, ParameterGroup, parameter_groups
@@ -33,6 +34,14 @@ class Precision(str, Enum):
     bf16 = "bf16"
 
 
+class NativeKernels(str, Enum):
+    """Whether a CPU run uses the fused C kernels of `models.native`. They round differently from torch's passes."""
+
+    auto = "auto"  # on for bf16 in one thread where they can be built, else off; resolved when a run is planned
+    on = "on"
+    off = "off"
+
+
 @dataclass
 class EngineConfig:
     """How the model is executed. All of it is part of a run's identity, since it changes numerics."""
@@ -40,6 +49,7 @@ class EngineConfig:
     zero_stage: int = 0  # 0: nothing partitioned; 1: optimizer state partitioned over ranks
     precision: Precision = Precision.auto
     num_threads: int = 0  # CPU threads of this process; 0: all cores, resolved when a run is planned
+    native_kernels: NativeKernels = NativeKernels.auto
     deepspeed: dict[str, Any] = field(default_factory=dict)  # extra DeepSpeed settings, merged over the generated ones
 
     def __post_init__(self) -> None:
@@ -72,6 +82,14 @@ def resolve_precision(precision: Precision) -> Precision:
     if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported():
         return Precision.bf16
     return Precision.fp32
+
+
+def resolve_native(cfg: EngineConfig) -> NativeKernels:
+    """`auto` -> on where the C kernels would be used: bf16 on a CPU, one thread, and a compiler; else off."""
+    if cfg.native_kernels is not NativeKernels.auto:
+        return cfg.native_kernels
+    on_cpu = cfg.precision is Precision.bf16 and cfg.num_threads == 1 and not torch.cuda.is_available()
+    return NativeKernels.on if on_cpu and native.library() is not None else NativeKernels.off
 
 
 @dataclass
@@ -123,6 +141,7 @@ class Engine:
         device: torch.device,
     ) -> None:
         _refuse_many_ranks()
+        native.use(resolve_native(cfg) is NativeKernels.on)
         self.model = model
         self.tables = tables
         self.device = device
@@ -140,6 +159,10 @@ class Engine:
             config=self.ds_config,
             dist_init_required=False,
         )
+        if self.cfg.zero_stage == 0:
+            # One rank has nobody to reduce with, but DeepSpeed would still copy all gradients into a flat buffer and
+            # back, 10 ms of a 300 ms step. (ZeRO needs the reduction: there it fills the partition.)
+            engine.enable_backward_allreduce = False
         return engine
 
     def forward(self, token_ids: Tensor, document_ids: Tensor, memory_rows: Mapping[int, Tensor]) -> Output:

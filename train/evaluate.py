@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from models.loss import cross_entropy
 
+from models.loss import cross_entropy
 from models.transformer import Output
 from train.data import Batch
 

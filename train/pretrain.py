@@ -10,6 +10,7 @@ import hydra
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from train.allocator import keep_freed_memory
 from train.config import config_hash, from_dictconfig, register_schema, resolve, to_yaml, validate
 
 EXIT_SETTINGS, EXIT_NOT_FINITE, EXIT_STOPPED = 2, 3, 75  # 75: EX_TEMPFAIL of sysexits.h, "try again"
@@ -20,6 +21,7 @@ register_schema()
 @hydra.main(config_path="../conf", config_name="train", version_base="1.3")
 def main(composed: DictConfig) -> None:
     """Compose, check, train."""
+    keep_freed_memory()
     try:
         config = resolve(from_dictconfig(composed))
         validate(config)

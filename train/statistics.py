@@ -6,9 +6,9 @@ from typing import Any
 
 import psutil
 import torch
-from models.accounting import flops_per_token
 from torch import Tensor
 
+from models.accounting import flops_per_token
 from models.memory_table import LocalTable
 from models.transformer import Stats, TransformerConfig
 

@@ -1,0 +1,178 @@
+"""The C kernels against the plain torch they stand in for: outputs and every gradient, at odd sizes too."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from models import native
+from models.attention import Attention, AttentionConfig, attention_bias, attention_mask
+from models.feed_forward import swiglu_hidden, swiglu_hidden_backward
+from models.initialize import initialize
+from models.loss import IGNORE_INDEX, cross_entropy
+from models.norm import rms_norm
+from models.router import top_k_ids
+from tests.tiny import relative_error
+
+# One rounding to bf16 is at most 2^-9 of a value; the plain path rounds after every one of a few operations.
+BF16 = 8e-3
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    native.use(True)
+    yield
+    native.use(False)
+    torch.set_num_threads(threads)
+
+
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on torch's own operations are used."""
+    monkeypatch.setattr(native, "_in_use", False)
+
+
+def test_available_is_for_one_thread_cpu_and_the_asked_type(monkeypatch):
+    x = torch.zeros(2, dtype=torch.bfloat16)
+    assert native.available(x) and not native.available(x.float()) and native.available(x.float(), torch.float32)
+    torch.set_num_threads(2)
+    assert not native.available(x)
+    torch.set_num_threads(1)
+    plain(monkeypatch)
+    assert not native.available(x)
+
+
+def test_without_a_compiler_there_are_no_kernels(monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert native.library.__wrapped__() is None
+
+
+def test_a_failing_compiler_is_reported_and_survived(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("CC", "false")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert native.library.__wrapped__() is None
+    assert "training is slower" in caplog.text
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shape", [(1, 8), (37, 24), (64, 64), (5, 17)])
+def test_swiglu(shape, weighted, monkeypatch):
+    rows, width = shape
+    pre = (3 * torch.randn(rows, 2 * width)).bfloat16()
+    grad = torch.randn(rows, width).bfloat16()
+    weights = torch.rand(rows, 1).bfloat16() if weighted else None
+    actual = [swiglu_hidden(pre, weights), *swiglu_hidden_backward(pre, weights, grad)]
+    plain(monkeypatch)
+    exact = None if weights is None else weights.float()
+    expected = [swiglu_hidden(pre.float(), exact), *swiglu_hidden_backward(pre.float(), exact, grad.float())]
+    for a, b in zip(actual, expected, strict=True):
+        assert (a is None and b is None) or relative_error(a, b) < BF16
+
+
+def test_exponential_of_large_and_broken_values():
+    values = torch.tensor([[-200.0, 200.0, 0.0, float("nan"), float("inf"), -float("inf")]])
+    pre = torch.cat((values, torch.ones_like(values)), 1).bfloat16()
+    hidden = swiglu_hidden(pre)[0].tolist()
+    assert abs(hidden[0]) < 1e-30 and hidden[1] == 200.0 and hidden[2] == 0.0 and hidden[3] != hidden[3]
+    assert hidden[4] == float("inf")
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (2, 7, 24), (3, 5, 128), (4, 33)])
+def test_rms_norm(shape, monkeypatch):
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        x = torch.randn(shape, requires_grad=True)
+        weight = torch.randn(shape[-1], requires_grad=True)
+        out = rms_norm(x, weight, 1e-6)
+        (out * torch.randn(shape)).sum().backward()
+        results.append((out, x.grad, weight.grad))
+        plain(monkeypatch)
+    for a, b in zip(*results, strict=True):
+        assert relative_error(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(5, 61), (3, 1000)])
+def test_cross_entropy(shape, monkeypatch):
+    torch.manual_seed(0)
+    logits = (4 * torch.randn(shape)).bfloat16()
+    logits[0, 0], logits[1] = 90.0, 0.0
+    targets = torch.randint(0, shape[1], shape[:1])
+    targets[0], targets[2] = 0, IGNORE_INDEX
+    results = []
+    for values in (logits.clone().requires_grad_(), logits.float().requires_grad_()):
+        nats, _ = cross_entropy(values, targets)
+        (nats / 7).backward()
+        results.append((nats, values.grad))
+    assert relative_error(results[0][0], results[1][0]) < 1e-6
+    assert relative_error(results[0][1], results[1][1]) < BF16
+    assert torch.count_nonzero(results[0][1][2]) == 0
+    with torch.no_grad():
+        assert cross_entropy(logits, targets)[0] == results[0][0]
+
+
+def test_cross_entropy_of_a_broken_logit_is_not_finite():
+    logits = torch.zeros(2, 64).bfloat16()
+    logits[0, 3] = float("nan")
+    assert not torch.isfinite(cross_entropy(logits, torch.tensor([1, 1]))[0])
+
+
+def attention_results(qk_norm: bool, seq_len: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    attention = Attention(AttentionConfig(4, 2, 16, qk_norm), d_model=24, seq_len=seq_len + 3, norm_eps=1e-6)
+    initialize(attention, 0, 0.4)
+    for norm in (attention.query_norm, attention.key_norm):
+        if norm is not None:
+            torch.nn.init.normal_(norm.weight, 1.0, 0.3)
+    x = torch.randn(3, seq_len, 24, requires_grad=True)
+    documents = (torch.arange(seq_len) > seq_len // 3).long().expand(3, -1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        out = attention(x, attention_bias(attention_mask(documents), dtype))
+    (out.float() * torch.randn(out.shape)).sum().backward()
+    return {"out": out, "x": x.grad, **{name: p.grad for name, p in attention.named_parameters()}}
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("seq_len", [9, 64, 150])
+def test_attention(qk_norm, seq_len, monkeypatch):
+    actual = attention_results(qk_norm, seq_len, torch.bfloat16)
+    expected = attention_results(qk_norm, seq_len, torch.float32)
+    plain(monkeypatch)
+    torchs_own = attention_results(qk_norm, seq_len, torch.bfloat16)
+    for name, exact in expected.items():
+        # as close to fp32 as torch's own bf16 operations are, up to the luck of single roundings
+        assert relative_error(actual[name], exact) < max(1.5 * relative_error(torchs_own[name], exact), BF16), name
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (9, 7, 3), (50, 64, 4), (6, 4, 4)])
+def test_top_k(shape, monkeypatch):
+    rows, experts, top_k = shape
+    scores = torch.rand(rows, experts)
+    actual = top_k_ids(scores, top_k)
+    plain(monkeypatch)
+    assert torch.equal(actual.sort(-1).values, top_k_ids(scores, top_k).sort(-1).values)
+
+
+def test_top_k_of_equal_scores_are_distinct():
+    assert top_k_ids(torch.ones(2, 5), 3).tolist() == [[0, 1, 2]] * 2
+    assert top_k_ids(torch.full((1, 5), float("nan")), 3).tolist() == [[0, 1, 2]]
+
+
+def test_freed_memory_is_kept_and_used_again():
+    code = """if True:
+        import resource, torch
+        from train.allocator import keep_freed_memory
+        assert keep_freed_memory()
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(5):
+                torch.ones(16 << 20, dtype=torch.uint8)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        for _ in range(3):  # until the heap has its final shape
+            faults()
+        assert faults() < 1000, "16 MiB are 4096 pages"
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
