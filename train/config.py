@@ -94,7 +94,7 @@ def config_hash(config: Config) -> str:
 
 
 def resolve(config: Config) -> Config:
-    """Fill what depends on the machine (precision, threads, kernels), so that it is part of the run's identity. In place."""
+    """Fill in place what depends on the machine (precision, threads, kernels): it is part of the identity."""
     config.engine.precision = resolve_precision(config.engine.precision)
     if config.engine.num_threads == 0:
         config.engine.num_threads = len(os.sched_getaffinity(0))
