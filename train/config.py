@@ -39,7 +39,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     log: LogConfig = field(default_factory=LogConfig)
     seed: int = 0  # of initialisation and data order
-    run_dir: str = "runs/default"  # folder of this run, relative to the working directory
+    run_dir: str = "runs/train"  # folder of this run, relative to the working directory
 
 
 def register_schema() -> None:
