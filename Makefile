@@ -42,7 +42,7 @@ sweep-long: $(STAMP) ## about 2 hours: four seeds, every control, learning rates
 smoke: $(STAMP) ## the whole path in about 2 minutes; claims nothing
 	@$(BIN)/python -m sweeps.run sweep=smoke data=tiny action=run $(ARGS)
 
-report: $(STAMP) ## rebuild a sweep's report (SWEEP=runs/default)
+report: $(STAMP) ## rebuild a sweep's report from its folders as they are (SWEEP=runs/default)
 	@$(BIN)/python -m sweeps.report $(or $(SWEEP),runs/default) $(ARGS)
 
 prepare: $(STAMP) ## tokenise the corpus (ARGS="data=datasets data.data_files=[my.jsonl]")

@@ -58,6 +58,10 @@ class TransformerConfig:
                 f"model.init_std={self.init_std} and model.norm_eps={self.norm_eps} must be positive; "
                 "usual: 0.02 and 1e-6"
             )
+        if self.embedding_init_std is not None and self.embedding_init_std <= 0:
+            raise ValueError(
+                f"model.embedding_init_std={self.embedding_init_std} must be positive, or null: init_std; usual: 0.02"
+            )
         if self.moe is not None and self.moe.shared_widths is not None:
             widths = self.moe.shared_widths
             if len(widths) != self.num_moe_layers:

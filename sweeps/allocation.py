@@ -182,6 +182,12 @@ def _check(base: TransformerConfig, rho: float) -> MoEConfig:
         raise AllocationError(
             "model.engram must be null in a sweep: the base is the rho = 1 shape; describe the module in sweep.engram"
         )
+    if base.num_moe_layers == 0:
+        raise AllocationError(
+            f"model.num_dense_layers={base.num_dense_layers} must be below model.num_layers={base.num_layers}: with "
+            "dense layers alone there are no experts to divide; set model.num_dense_layers=0, or at most "
+            f"{base.num_layers - 1}"
+        )
     if base.moe.num_experts <= base.moe.router.top_k:
         raise AllocationError(
             f"model.moe.num_experts={base.moe.num_experts} must exceed model.moe.router.top_k={base.moe.router.top_k}: "

@@ -78,16 +78,33 @@ def control_gains(points: Sequence[Point], controls: Sequence[Point], best_rho: 
     """Gains over each control and the gains over pure MoE at other learning rates.
 
     A control is compared with the arm that has the same experts, `one_row_pure` moreover with the best arm. The noise
-    is pooled over arms and controls together.
+    of these gains is pooled over arms and controls. Trials at other learning rates have a noise of their own, for a
+    seed shifts the loss by another amount at another learning rate: they are pooled with the arms they repeat, and
+    leave the controls' intervals as they are.
     """
+    others = [point for point in controls if point.kind in CONTROLS]
+    rates = [point for point in controls if point.kind == "lr"]
+    repeated = {point.rho for point in rates}
+    return [
+        *_control_gains(points, others, best_rho),
+        *_learning_rate_gains([point for point in points if point.rho in repeated], rates),
+    ]
+
+
+def _layout(points: Sequence[Point]) -> tuple[TwoWay, Noise] | None:
+    """The two-way model of these trials and their pooled noise; None where the seeds do not show any."""
+    layout = two_way([((p.kind, p.rho, p.lr_scale), p.seed, p.loss) for p in points])
+    noise = estimate_noise(layout) if len(layout.seeds) > 1 else None
+    return (layout, noise) if noise is not None and noise.df > 0 and layout.connected else None
+
+
+def _control_gains(points: Sequence[Point], controls: Sequence[Point], best_rho: float | None) -> list[Gain]:
+    """Gains of arms over the controls."""
+    fitted = _layout([*points, *controls]) if controls else None
+    if fitted is None:
+        return []
+    layout, noise = fitted
     arms = {("arm", point.rho, 1.0) for point in points}
-    cells = [((p.kind, p.rho, p.lr_scale), p.seed, p.loss) for p in (*points, *controls)]
-    if not controls:
-        return []
-    layout = two_way(cells)
-    noise = estimate_noise(layout)
-    if noise.df < 1 or noise.num_seeds < 2 or not layout.connected:
-        return []
     gains = []
     for label in layout.labels:
         kind, rho, _ = label
@@ -96,11 +113,15 @@ def control_gains(points: Sequence[Point], controls: Sequence[Point], best_rho: 
         for arm_rho in sorted({rho, best_rho if kind == "one_row_pure" else rho} - {None}):
             if ("arm", arm_rho, 1.0) in arms:
                 gains.append(_gain(kind, ("arm", arm_rho, 1.0), label, layout, noise))
-    return gains + _learning_rate_gains(layout, noise)
+    return gains
 
 
-def _learning_rate_gains(layout: TwoWay, noise: Noise) -> list[Gain]:
+def _learning_rate_gains(arms: Sequence[Point], rates: Sequence[Point]) -> list[Gain]:
     """Gain over rho = 1 with both at the same other learning rate."""
+    fitted = _layout([*arms, *rates]) if rates else None
+    if fitted is None:
+        return []
+    layout, noise = fitted
     lr_labels = [label for label in layout.labels if label[0] == "lr"]
     gains = []
     for label in lr_labels:

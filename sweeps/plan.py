@@ -6,6 +6,7 @@ shared widths, precision, threads per process, the identity of the data. The sam
 
 import copy
 import dataclasses
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +15,14 @@ from typing import Any
 import psutil
 import torch
 
-from models.accounting import count_parameters, flops_per_token
+from models.accounting import ParameterRole, bytes_per_parameter, count_parameters, flops_per_token
 from models.transformer import TransformerConfig
 from sweeps import allocation
 from sweeps.allocation import Arm
+from sweeps.live import RemainingTime
 from sweeps.processes import cpu_cores
 from sweeps.settings import KeepCheckpoints, SweepConfig
-from sweeps.trial import Plan, Trial, TrialKind, trial_id
+from sweeps.trial import PAPER_TOKENS_PER_PARAM, Plan, Trial, TrialKind, trial_id
 from train.config import Config, resolve, to_plain, validate
 from train.data import check_fits
 from train.engine import NativeKernels, Precision
@@ -28,17 +30,20 @@ from train.identity import identity_settings
 from train.shards import PreparedData
 
 # Sustained training FLOP/s of one CPU thread and of one GPU, for the first estimate of a sweep only: finished trials
-# of the same sweep replace it. CPU: 5.0e3 tokens/s of a tiny MoE at 8.5e6 FLOPs each, the whole step on one thread of
-# an AVX-512 Xeon, in fp32 and bf16 alike. GPU: a guess, 5 % of the 1e15 FLOP/s bf16 peak in data sheets.
-FLOPS_PER_THREAD = 4.0e10
+# of the same sweep replace it. CPU: conf/model/tiny.yaml (1.21e6 FLOPs forward, 3.6e6 trained) at 9.7e3 tokens/s in
+# bf16, two trials side by side on two AMX cores; fixed costs per step weigh most at this size, so larger models are
+# faster. GPU: a guess, 5 % of the 1e15 FLOP/s bf16 peak in data sheets.
+FLOPS_PER_THREAD = 3.5e10
+FP32_SPEED = 0.7  # of the CPU rate above, measured on the same model
 FLOPS_PER_GPU = 5.0e13
+FORWARD_SHARE = 1 / 3  # of a training token's FLOPs, for a token of validation
 STARTUP_SECONDS = 6.0  # imports, opening the data, building the model; measured 4 to 7 s beside another trial
-# fp32 weight and two Adam moments; weight averages add another fp32 copy.
-CHECKPOINT_BYTES_PER_PARAM = 12
+AVERAGE_BYTES = 4  # fp32 copy of every weight and row where train.ema_decay > 0
+ROW_STEP_BYTES = 4  # int32 of each row of an average: the step it is up to date with
+CHECKPOINT_FIXED_BYTES = 100_000  # tensor names, manifest, random-number state; measured 41 kB on conf/model/tiny.yaml
 # Resident bytes of a training process: weight, gradient, two moments in fp32 per parameter, and the libraries.
 PROCESS_BYTES_PER_PARAM = 16
 PROCESS_BYTES = 1_500_000_000
-PAPER_TOKENS_PER_PARAM = 10.0  # Engram, arXiv 2601.07372, section 3.1: 58.7e9 / 5.7e9 (from 6 * active * tokens)
 
 
 class Planner:
@@ -64,6 +69,7 @@ class Planner:
         self._sweep = sweep
         self._provenance = dict(prepared.provenance) if prepared is not None else {}
         self._num_train_tokens = prepared.num_train_tokens if prepared is not None else None
+        self._num_val_tokens = prepared.num_val_tokens if prepared is not None else None
         self._tokens_per_second = list(tokens_per_second)
         self._base = copy.deepcopy(base)
         if prepared is not None:
@@ -182,18 +188,31 @@ class Planner:
             tokens=tokens,
             tokens_per_param=tokens / counts.total,
             estimated_seconds=self._seconds(flops.training, tokens),
-            estimated_disk_bytes=CHECKPOINT_BYTES_PER_PARAM * (counts.total + counts.embedding),
+            estimated_disk_bytes=checkpoint_bytes(arm.config, config.train.ema_decay > 0),
             num_threads=config.engine.num_threads,
             config=plain,
         )
 
     def _seconds(self, training_flops_per_token: float, tokens: int) -> float:
-        """Planned duration: tokens over the median speed of finished trials, or over a guess from the FLOP rate."""
+        """Planned duration: tokens over the median speed of finished trials, or over a guess from the FLOP rate.
+
+        Tokens of validation run forward only and count a third.
+        """
+        work = tokens + FORWARD_SHARE * self._validation_tokens()  # in training tokens
         if self._tokens_per_second:
-            return STARTUP_SECONDS + tokens / statistics.median(self._tokens_per_second)
+            return STARTUP_SECONDS + work / statistics.median(self._tokens_per_second)
         engine = self._base.engine
-        rate = FLOPS_PER_GPU if self._machine.gpus else FLOPS_PER_THREAD * engine.num_threads
-        return STARTUP_SECONDS + tokens * training_flops_per_token / rate
+        rate = FLOPS_PER_GPU
+        if not self._machine.gpus:
+            rate = FLOPS_PER_THREAD * engine.num_threads * (FP32_SPEED if engine.precision is Precision.fp32 else 1.0)
+        return STARTUP_SECONDS + work * training_flops_per_token / rate
+
+    def _validation_tokens(self) -> int:
+        """Tokens of all validations of one trial: the last one, and those at `train.eval_interval`."""
+        train = self._base.train
+        tokens = train.eval_tokens if self._num_val_tokens is None else min(train.eval_tokens, self._num_val_tokens)
+        between = (train.max_steps - 1) // train.eval_interval if train.eval_interval else 0
+        return tokens * (1 + between)
 
     def _identity(self) -> dict[str, Any]:
         shared = identity_settings(to_plain(self._base))
@@ -211,7 +230,7 @@ class Planner:
         ]
         tokens = train.max_steps * train.global_batch_tokens
         per_param = tokens / count_parameters(self._base.model).total
-        notes.append(f"{per_param:.2g} tokens per parameter; the paper's regime is about {PAPER_TOKENS_PER_PARAM:g}")
+        notes.append(f"{per_param:.2g} tokens per parameter; the paper's regime is about {PAPER_TOKENS_PER_PARAM:.0f}")
         if self._num_train_tokens is None:
             notes.append("the data are not prepared yet: trial ids are provisional until they are")
         elif tokens > self._num_train_tokens:
@@ -238,6 +257,32 @@ class Machine:
     def jobs(self, num_trials: int, process_bytes: int) -> int:
         """Trials at once: one for each core (or GPU), as far as memory and the number of trials go; at least 1."""
         return max(1, min(self.gpus or self.cores, num_trials, self.memory_bytes // process_bytes))
+
+
+def checkpoint_bytes(model: TransformerConfig, averaged: bool) -> int:
+    """Bytes of one checkpoint, at most: fp32 weights, their two Adam moments, the tables' likewise, and the average.
+
+    Muon keeps one moment; its checkpoints are smaller. Gradients are not saved.
+    """
+    counts = count_parameters(model)
+    dense = bytes_per_parameter(ParameterRole.adamw)
+    size = counts.trained_by_engine * (dense.weights + dense.optimizer + AVERAGE_BYTES * averaged)
+    if model.engram is not None:
+        row_dim = model.engram.row_dim
+        table = bytes_per_parameter(ParameterRole.memory, row_dim=row_dim)
+        row_average = AVERAGE_BYTES + ROW_STEP_BYTES / row_dim
+        size += counts.memory * (table.weights + table.optimizer + row_average * averaged)
+    return CHECKPOINT_FIXED_BYTES + math.ceil(size)
+
+
+def planned_seconds(plan: Plan) -> float:
+    """Duration of a whole sweep: its trials, the longest first, on `plan.jobs` places.
+
+    What is still pending repeats the learning-rate trials at another rho, so these count twice.
+    """
+    trials = [*plan.trials, *(t for t in plan.trials if plan.pending and t.kind is TrialKind.lr)]
+    seconds = sorted((trial.estimated_seconds for trial in trials), reverse=True)
+    return RemainingTime().of_sweep([], seconds, plan.jobs)
 
 
 def _process_bytes(model: TransformerConfig) -> int:

@@ -1,7 +1,8 @@
 """A sweep's folder -> report.html, allocation.png and fit.json: `python -m sweeps.report runs/default`.
 
 The page is one file and asks nothing of the network: Plotly is embedded once, and a content policy forbids requests.
-Only the folder is read, so a report can be rebuilt at any time, also while the sweep runs.
+Only the folder is read, so a report can be rebuilt at any time, also while the sweep runs. The command first makes
+results.csv anew from the trials' folders; where there is no plan, it takes results.csv as it is.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from sweeps import figures
+from sweeps.collect import collect
 from sweeps.findings import AllocationFit
 from sweeps.fit import fit_allocation
 from sweeps.plot import allocation_png, title_of
@@ -32,6 +34,7 @@ from sweeps.tables import (
     provenance,
     reproduce,
 )
+from sweeps.trial import PLAN_FILE
 from train.run_folder import atomic_write
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -161,6 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("sweep_dir", type=Path, help="the sweep's folder, for example runs/default")
     args = parser.parse_args(arguments)
     try:
+        if (args.sweep_dir / PLAN_FILE).is_file():
+            collect(args.sweep_dir)
         path = build_report(args.sweep_dir)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -19,15 +19,17 @@ from rich.console import Console
 
 from sweeps.collect import collect, speeds, val_losses
 from sweeps.live import duration
-from sweeps.plan import Planner
+from sweeps.plan import Planner, planned_seconds
 from sweeps.plan_table import plan_table
 from sweeps.processes import FolderBusyError
 from sweeps.report import build_report, read_conclusion
 from sweeps.runner import Command, Summary, peak_disk_bytes, pretrain_command, run_trials
-from sweeps.settings import SweepConfig, sweep_folder
-from sweeps.trial import Plan, differing_settings, read_plan, write_plan
+from sweeps.settings import SweepConfig, folder_of
+from sweeps.trial import Plan, read_plan, write_plan
 from train.config import Config
+from train.identity import differing_settings
 from train.prepare import PreparedData, open_prepared, prepare
+from train.shards import NotPreparedError
 
 EXIT_FAILED_TRIALS, EXIT_SETTINGS, EXIT_STOPPED = 1, 2, 130  # 130: ended by Ctrl-C, the shells' convention
 
@@ -75,7 +77,7 @@ def from_dictconfig(composed: DictConfig) -> SweepRoot:
 
 def act(root: SweepRoot, command: Command = pretrain_command) -> int:
     """Do what `root.action` says; returns the exit code."""
-    folder = sweep_folder(root.sweep)
+    folder = folder_of(root.sweep)
     console = Console()
     if not console.is_terminal:
         console = Console(width=LOG_WIDTH)
@@ -161,15 +163,16 @@ def _run(planner: Planner, plan: Plan, folder: Path, command: Command) -> Summar
 
 
 def _prepared_or_none(root: SweepRoot) -> PreparedData | None:
+    """The prepared data, or None where nothing is prepared yet; damaged data and other fingerprints are errors."""
     try:
         return open_prepared(root.data)
-    except FileNotFoundError:
+    except NotPreparedError:
         return None
 
 
 def _show(plan: Plan, folder: Path, console: Console) -> None:
     console.print(plan_table(plan))
-    seconds = sum(trial.estimated_seconds for trial in plan.trials) / plan.jobs
+    seconds = planned_seconds(plan)
     disk = peak_disk_bytes(plan.trials, plan.jobs, plan.keep_checkpoints)
     total = f"about {duration(seconds)} in all; up to {disk / 1e6:,.0f} MB on disk in {folder}"
     for line in [*plan.pending, *plan.notes, total]:

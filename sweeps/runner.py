@@ -24,7 +24,8 @@ import yaml
 from sweeps.collect import trial_result
 from sweeps.live import SweepView, duration, label, tail_lines
 from sweeps.processes import find_processes, folder_lock, start_process, stop_processes
-from sweeps.trial import Trial, differing_settings, read_config, read_json, trial_dir, trial_id
+from sweeps.trial import Trial, pretrain_arguments, read_config, read_json, trial_dir, trial_id
+from train.identity import differing_settings
 from train.run_folder import atomic_write, write_json
 
 POLL_SECONDS = 0.2  # between two looks at the running trials
@@ -60,7 +61,7 @@ class _Running:
 
 def pretrain_command(folder: Path) -> list[str]:
     """The command that starts, or continues, the run of a folder."""
-    return [sys.executable, "-m", "train.pretrain", "--config-path", str(folder), "--config-name", "config"]
+    return [sys.executable, *pretrain_arguments(str(folder))]
 
 
 def is_finished(folder: Path, trial: Trial) -> bool:
@@ -252,10 +253,18 @@ def _check_disk(waiting: Sequence[Trial], sweep_dir: Path, jobs: int, keep_check
 
 
 def peak_disk_bytes(trials: Sequence[Trial], jobs: int, keep_checkpoints: str) -> int:
-    """Checkpoint bytes at the worst moment: two for each running trial (old and new), one for each that is kept."""
-    sizes = sorted((trial.estimated_disk_bytes for trial in trials), reverse=True)
-    kept = sum(sizes) if keep_checkpoints == "last" else 0
-    return kept + 2 * sum(sizes[:jobs])
+    """Checkpoint bytes at the worst moment: of each running trial those it keeps and a new one, of others what stays.
+
+    A new checkpoint is complete before the oldest is removed, so a trial that keeps one has two for a moment.
+    """
+    sizes = sorted((_kept_bytes(trial) + trial.estimated_disk_bytes for trial in trials), reverse=True)
+    kept = sum(_kept_bytes(trial) for trial in trials) if keep_checkpoints == "last" else 0
+    return kept + sum(sizes[:jobs])
+
+
+def _kept_bytes(trial: Trial) -> int:
+    """Bytes of the checkpoints that a trial keeps (`train.keep_checkpoints`) between two saves."""
+    return trial.estimated_disk_bytes * int(trial.config.get("train", {}).get("keep_checkpoints", 1))
 
 
 @contextmanager

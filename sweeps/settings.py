@@ -86,6 +86,6 @@ def _refuse_duplicates(name: str, values: Sequence[Any]) -> None:
         raise ValueError(f"{name} names a value twice; each may occur once: {unique}")
 
 
-def sweep_folder(sweep: SweepConfig) -> Path:
+def folder_of(sweep: SweepConfig) -> Path:
     """Folder of a sweep."""
     return Path(sweep.root) / sweep.name

@@ -13,10 +13,7 @@ from sweeps.forms import LABELS
 from sweeps.gains import CONTROLS
 from sweeps.noise import Interval
 from sweeps.sweep_folder import SweepRecord, TrialRecord
-
-# Engram, arXiv 2601.07372, section 3.1: 2e20 FLOPs and 568M active parameters give 58.7B tokens at 6 FLOPs per active
-# parameter and token; 5.7B parameters in all.
-PAPER_TOKENS_PER_PARAM = 58.7e9 / 5.7e9
+from sweeps.trial import PAPER_TOKENS_PER_PARAM, pretrain_arguments
 
 
 @dataclass
@@ -224,11 +221,11 @@ def reproduce(sweep: SweepRecord) -> dict[str, str]:
     if isinstance(command, list):
         command = shlex.join(map(str, command))
     trial = next((str(t.row["trial_id"]) for t in sweep.trials), "TRIAL_ID")
-    trial_folder = shlex.quote(str(sweep.path.resolve() / "trials" / trial))
+    words = ["python", *pretrain_arguments(str(sweep.path.resolve() / "trials" / trial)), "run_dir=runs/again"]
     return {
         "sweep": str(command or _sweep_command(sweep)),
         "report": f"python -m sweeps.report {shlex.quote(folder)}",
-        "trial": f"python -m train.pretrain --config-path {trial_folder} --config-name config run_dir=runs/again",
+        "trial": shlex.join(words),
     }
 
 

@@ -19,6 +19,16 @@ from train.run_folder import atomic_write
 
 SCHEMA_VERSION = 1  # of plan.json
 PLAN_FILE = "plan.json"
+# Engram, arXiv 2601.07372, section 3.1: 2e20 FLOPs and 568M active parameters give 58.7B tokens at 6 FLOPs per active
+# parameter and token; 5.7B parameters in all.
+PAPER_TOKENS_PER_PARAM = 58.7e9 / 5.7e9
+# Hydra would otherwise write a dated folder and a log of its own: a run's own folder has both.
+_HYDRA_WRITES_NOTHING = (
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+)
 
 
 class TrialKind(str, Enum):
@@ -54,7 +64,7 @@ class Trial:
     tokens: int  # training tokens
     tokens_per_param: float  # tokens / total_params
     estimated_seconds: float
-    estimated_disk_bytes: int  # checkpoints while it runs, and what stays
+    estimated_disk_bytes: int  # of one checkpoint
     num_threads: int  # CPU threads of its process
     config: dict[str, Any]  # resolved; what is written to config.yaml
 
@@ -79,6 +89,11 @@ class Plan:
 def trial_id(config: dict[str, Any]) -> str:
     """First 12 hex digits of SHA-256 over the canonical JSON of the resolved configuration."""
     return identity_hash(config)[:12]
+
+
+def pretrain_arguments(folder: str) -> list[str]:
+    """Arguments of Python that start, or continue, the run that `<folder>/config.yaml` describes."""
+    return ["-m", "train.pretrain", "--config-path", folder, "--config-name", "config", *_HYDRA_WRITES_NOTHING]
 
 
 def write_plan(plan: Plan, sweep_dir: Path) -> None:
@@ -112,8 +127,11 @@ def read_plan(sweep_dir: Path) -> Plan:
         raise ValueError(
             f"{path} has not schema_version {SCHEMA_VERSION}: another version wrote it; choose another sweep.name"
         )
-    trials = [Trial(**{**trial, "kind": TrialKind(trial["kind"])}) for trial in record.pop("trials")]
-    return Plan(**record, trials=trials)
+    try:
+        trials = [Trial(**{**trial, "kind": TrialKind(trial["kind"])}) for trial in record.pop("trials")]
+        return Plan(**record, trials=trials)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not whole ({error}); remove it: the sweep makes it anew when started") from error
 
 
 def trial_dir(sweep_dir: Path, trial: Trial) -> Path:
@@ -137,15 +155,3 @@ def read_config(folder: Path) -> dict[str, Any] | None:
         return None
     value = yaml.safe_load(path.read_text(encoding="utf-8"))
     return value if isinstance(value, dict) else {}
-
-
-def differing_settings(first: dict[str, Any], second: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names and both values of every setting in which two configurations differ."""
-    lines = []
-    for key in sorted(first.keys() | second.keys()):
-        one, two = first.get(key), second.get(key)
-        if isinstance(one, dict) and isinstance(two, dict):
-            lines += differing_settings(one, two, f"{prefix}{key}.")
-        elif one != two:
-            lines.append(f"{prefix}{key}: {one!r} -> {two!r}")
-    return lines

@@ -1,14 +1,17 @@
 """Writes a sweep's folder as a real one would leave it: plan.json, results.csv, trials with their run folders."""
 
 import csv
+import dataclasses
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from sweeps.collect import COLUMNS
+from sweeps.trial import Trial, trial_id
 
 NUM_LAYERS = 3
 TOP_K, BASE_EXPERTS = 4, 64
@@ -38,6 +41,7 @@ class FakeSweep:
         loss = self.curve(rho) + 0.05 * (seed % 3) + offset + self.sigma * float(self.rng.standard_normal())
         experts = TOP_K + round(rho * (BASE_EXPERTS - TOP_K))
         has_memory = kind == "arm" and rho < 1
+        config = {"rho": rho, "seed": seed, "kind": kind, "lr_scale": lr_scale}
         row = {
             "rho": rho,
             "rho_actual": (experts - TOP_K) / (BASE_EXPERTS - TOP_K),
@@ -61,10 +65,11 @@ class FakeSweep:
             "status": "finished",
             "train_seconds": 90.0,
             "tokens_per_second": 18_000.0,
-            "trial_id": f"{len(self.rows):012x}",
+            "trial_id": trial_id(config),
         }
         self.rows.append(row)
         folder = self.trial_folder(row["trial_id"])
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
         self._write_metrics(folder, row, has_memory)
         result = {
             "schema_version": 1,
@@ -100,6 +105,9 @@ class FakeSweep:
             "name": self.folder.name,
             "fingerprint": "abc123",
             "jobs": 2,
+            "keep_checkpoints": "none",
+            "num_params_base": 7_840_000,
+            "trials": [self._planned(row) for row in self.rows],
             "notes": ["2 trials at once with 1 thread(s) each in bf16 (2 CPU cores)"],
             "identity": {"data": {"source": "python", "fingerprint": "abc123"}, "train": {"max_steps": self.steps}},
         }
@@ -109,6 +117,14 @@ class FakeSweep:
             writer.writeheader()
             writer.writerows(self.rows)
         return self.folder
+
+    @staticmethod
+    def _planned(row: dict) -> dict:
+        """The trial of a row as plan.json holds it."""
+        names = {field.name for field in dataclasses.fields(Trial)}
+        config = {name: row[name] for name in ("rho", "seed", "kind", "lr_scale")}
+        costs = {"estimated_seconds": 90.0, "estimated_disk_bytes": 10**8, "num_threads": 1, "config": config}
+        return {**{name: value for name, value in row.items() if name in names}, **costs}
 
     def _write_metrics(self, folder: Path, row: dict, has_memory: bool) -> None:
         lines = []

@@ -188,6 +188,7 @@ def test_nobody_to_pay() -> None:
         (base(moe=None), "model.moe=null"),
         (base(engram=ENGRAM), "model.engram must be null"),
         (base(4), "must exceed model.moe.router.top_k=4"),
+        (base(num_dense_layers=4), r"model\.num_dense_layers=4 must be below model\.num_layers=4.*or at most 3"),
     ],
 )
 def test_bases_that_are_no_pure_arm(shape: TransformerConfig, message: str) -> None:

@@ -21,7 +21,7 @@ def test_round_trip(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, make(7), keep=1)
     back = checkpoint.load_latest(tmp_path)
     assert back is not None
-    assert (back.step, back.state["train_seconds"]) == (7, 1.5)
+    assert (back.step, back.state) == (7, {"train_seconds": 1.5})
     assert torch.equal(back.tensors["model"]["a"], torch.arange(6.0).view(2, 3))
     assert torch.equal(back.tensors["model"]["b"], torch.arange(6.0, 12.0))
 
@@ -74,6 +74,14 @@ def test_full_disk_keeps_the_older_one(tmp_path: Path, monkeypatch: pytest.Monke
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000005"]
     found = checkpoint.load_latest(tmp_path)
     assert found is not None and found.step == 5
+
+
+def test_another_schema_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "SCHEMA_VERSION", 99)
+        checkpoint.save(tmp_path, make(5), keep=1)
+    with pytest.raises(DamagedCheckpointError, match="schema_version 99, this code reads 1"):
+        checkpoint.load_latest(tmp_path)
 
 
 def test_manifest_lists_every_file(tmp_path: Path) -> None:

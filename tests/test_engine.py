@@ -1,5 +1,7 @@
 """The engine against plain torch: clipping, accumulation, Muon at both ZeRO stages, state."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,8 @@ from models.moe import MoEConfig
 from models.ngram_hash import NgramHasher, num_rows
 from models.router import RouterConfig
 from models.transformer import Transformer, TransformerConfig
-from train.engine import Engine, EngineConfig, Precision
+from train.engine import DEEPSPEED_SETTINGS, Engine, EngineConfig, Precision
+from train.finite import NonFiniteLossError
 from train.optim import OptimConfig, OptimizerKind
 
 VOCAB, SEQ = 61, 24
@@ -50,14 +53,16 @@ def data(num: int, seed: int = 3) -> tuple[Tensor, Tensor, Tensor]:
 class Setup:
     """A model, its table, an engine, and one `step` over a global batch in `accumulation` micro-batches."""
 
-    def __init__(self, optim: OptimConfig, zero_stage: int) -> None:
+    def __init__(self, optim: OptimConfig, zero_stage: int, deepspeed: dict[str, Any] | None = None) -> None:
         cfg = model_config()
         assert cfg.engram is not None
         self.model = fresh_model()
         self.hasher = NgramHasher(cfg.engram, torch.arange(VOCAB), pad_id=0)
         rows = num_rows(cfg.engram)[1]
         self.table = LocalTable(rows, cfg.engram.row_dim, 0.02, 0, MemoryOptimConfig(), layer=1)
-        engine_cfg = EngineConfig(zero_stage=zero_stage, precision=Precision.fp32, num_threads=1)
+        engine_cfg = EngineConfig(
+            zero_stage=zero_stage, precision=Precision.fp32, num_threads=1, deepspeed=deepspeed or {}
+        )
         self.engine = Engine(self.model, {1: self.table}, optim, engine_cfg, 4, CPU)
 
     def backward(self, accumulation: int, seed: int = 3) -> float:
@@ -196,10 +201,57 @@ def test_foreign_state_is_refused() -> None:
         setup.engine.load_state_tensors(state)
 
 
-@pytest.mark.parametrize("setting", ["gradient_clipping", "optimizer", "torch_autocast", "zero_optimization"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "gradient_clipping",
+        "optimizer",
+        "torch_autocast",
+        "zero_optimization",
+        "scheduler",
+        "amp",
+        "wall_clock_breakdown",
+    ],
+)
 def test_settings_that_would_break_training_are_refused(setting: str) -> None:
     with pytest.raises(ValueError, match=f"engine.deepspeed.{setting}"):
         EngineConfig(deepspeed={setting: 1.0})
+
+
+def test_accepted_deepspeed_settings_change_no_bit() -> None:
+    values = {"dump_state": True, "memory_breakdown": True, "steps_per_print": 1}
+    assert set(values) == set(DEEPSPEED_SETTINGS)
+    states = []
+    for deepspeed in ({}, values):
+        setup = Setup(OptimConfig(lr=1e-2), 1, deepspeed)
+        for _ in range(2):
+            setup.backward(2)
+            setup.engine.step(1.0)
+        states.append(setup.engine.state_tensors())
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+
+
+@pytest.mark.parametrize("where", ["parameter", "table"])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_an_infinite_gradient_leaves_everything_as_it_was(where: str, stage: int) -> None:
+    setup = Setup(OptimConfig(lr=1e-2), stage)
+    setup.backward(1)
+    setup.engine.step(1.0)
+    before = {name: tensor.clone() for name, tensor in setup.engine.state_tensors().items()}
+    rows = {name: tensor.clone() for name, tensor in setup.table.state_shards().items()}
+    setup.backward(1)
+    if where == "parameter":
+        next(gradient for _, gradient in setup.engine.gradients()).view(-1)[0] = float("inf")
+    else:
+        setup.table._pending[0][1][0, 0] = float("inf")
+    with pytest.raises(NonFiniteLossError, match=r"gradient norm is inf.*optim.lr"):
+        setup.engine.step(1.0)
+    setup.table.discard()
+    for name, tensor in setup.engine.state_tensors().items():
+        assert torch.equal(tensor, before[name]), name
+    for name, tensor in setup.table.state_shards().items():
+        assert torch.equal(tensor, rows[name]), name
 
 
 def test_many_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

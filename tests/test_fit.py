@@ -11,7 +11,7 @@ from scipy import optimize, stats
 from sweeps.findings import Verdict
 from sweeps.fit import fit_allocation
 from sweeps.forms import FormName, fit_form
-from sweeps.gains import gain_over_pure
+from sweeps.gains import control_gains, gain_over_pure
 from sweeps.noise import NoiseSource, Point, estimate_noise, two_way
 from sweeps.simulate import GRIDS, MONOTONE, VALLEYS, half_parabolas, interval_coverage, simulate, to_points
 
@@ -209,6 +209,25 @@ def test_learning_rate_flip_is_said(other_loss, phrase):
     points = sweep(half_parabolas(0.4, 0.05, 0.11), GRIDS[6], 3, 0.002)
     lr = [Point(1.0, s, 0.1, "lr", 2.0) for s in range(3)] + [Point(0.4, s, other_loss, "lr", 2.0) for s in range(3)]
     assert phrase in "\n".join(fit_allocation(points, lr).conclusion)
+
+
+def test_learning_rates_leave_the_controls_alone():
+    """Trials at other learning rates differ between seeds for reasons of their own; each gain has its own noise."""
+    rng = np.random.default_rng(0)
+    points = sweep(half_parabolas(0.4, 0.05, 0.11), GRIDS[6], 3, 0.002)
+    controls = [Point(0.4, s, 0.03 + 0.002 * float(rng.standard_normal()), "one_row") for s in range(3)]
+    lr = [
+        Point(rho, s, 0.1 + 0.2 * float(rng.standard_normal()), "lr", scale)
+        for rho in (0.4, 1.0)
+        for scale in (0.5, 2.0)
+        for s in range(3)
+    ]
+    alone, together = control_gains(points, controls, 0.4), control_gains(points, [*controls, *lr], 0.4)
+    assert [gain.kind for gain in together] == ["one_row", "lr", "lr"]
+    assert together[:1] == alone
+    # six cells of two arms: (6 - 1)(3 - 1) degrees of freedom, whatever other arms and controls there are
+    assert [gain.df for gain in together[1:]] == [10, 10]
+    assert together[1:] == control_gains([p for p in points if p.rho in (0.4, 1.0)], lr, 0.4)
 
 
 @pytest.mark.parametrize(

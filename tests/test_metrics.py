@@ -1,8 +1,10 @@
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from train import metrics
 from train.metrics import LogConfig, Recorder, WandbMode, peak_flops, read_metrics
 
 
@@ -20,6 +22,72 @@ def test_records_are_cut_back_on_resume(tmp_path: Path) -> None:
     records = read_metrics(path)
     assert [(r["step"], r["train/loss"]) for r in records] == [(10, 10.0), (20, 20.0), (30, 3.5)]
     assert all(record["schema_version"] == 1 for record in records)
+
+
+def test_a_validation_stands_in_the_file_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for _ in range(2):
+        with Recorder(path, LogConfig(), "id", {}, resume_step=8) as recorder:
+            recorder.record(8, {"val/loss": 2.0})
+            recorder.record(9, {"val/loss": 1.5})
+    assert [(record["step"], record["val/loss"]) for record in read_metrics(path)] == [(8, 2.0), (9, 1.5)]
+
+
+def test_sync_brings_records_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    with Recorder(tmp_path / "metrics.jsonl", LogConfig(), "id", {}, resume_step=0) as recorder:
+        recorder.record(1, {"train/loss": 2.0})
+        monkeypatch.setattr(metrics.os, "fsync", lambda _: synced.append(len(read_metrics(tmp_path / "metrics.jsonl"))))
+        recorder.sync()
+        assert synced == [1]
+
+
+def test_interval_is_checked() -> None:
+    with pytest.raises(ValueError, match=r"log.interval=0 must be >= 1; nearest: 1"):
+        LogConfig(interval=0)
+
+
+@pytest.fixture
+def no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key, and a server at a closed port."""
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(metrics, "_WANDB_SECONDS", 2.0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_without_network_goes_on_offline(
+    tmp_path: Path, no_server: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = time.monotonic()
+    with Recorder(
+        tmp_path / "metrics.jsonl", LogConfig(wandb=WandbMode.auto), "abc124", {"optim": {"lr": 0.1}}, resume_step=0
+    ) as recorder:
+        recorder.record(5, {"train/loss": 2.5})
+        assert dict(recorder._wandb.config) == {"optim": {"lr": 0.1}}
+    assert time.monotonic() - started < 20
+    assert "wandb is not reachable" in capsys.readouterr().out
+    assert list((tmp_path / "wandb").glob("offline-run-*/run-abc124.wandb"))
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_wandb_that_does_not_work_at_all_is_switched_off(
+    tmp_path: Path, no_server: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    def broken(**_: object) -> None:
+        raise wandb.errors.CommError("no service\nand more")
+
+    monkeypatch.setattr(wandb, "init", broken)
+    with Recorder(tmp_path / "metrics.jsonl", LogConfig(wandb=WandbMode.online), "id", {}, resume_step=0) as recorder:
+        recorder.record(5, {"train/loss": 2.5})
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "wandb is switched off: it does not work offline either (no service)"
+    )
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from models.accounting import count_parameters, flops_per_token
 from models.engram import EngramConfig
 from models.moe import MoEConfig
 from models.transformer import TransformerConfig
-from sweeps.plan import STARTUP_SECONDS, Machine, Planner
+from sweeps.plan import STARTUP_SECONDS, Machine, Planner, planned_seconds
 from sweeps.plan_table import plan_table, short
+from sweeps.run import from_dictconfig
 from sweeps.settings import KeepCheckpoints, SweepConfig
 from sweeps.trial import Plan, Trial, TrialKind, read_plan, trial_id, write_plan
 from train.config import Config, config_hash, load_config, to_plain, to_yaml
@@ -37,16 +40,25 @@ def sweep(**changes: object) -> SweepConfig:
     return SweepConfig(**{"rhos": [0.0, 0.4, 1.0], "seeds": [0, 1], "control_rho": 0.4, **changes})  # type: ignore[arg-type]
 
 
-def prepared(fingerprint: str = "abc", num_train_tokens: int = 10_000_000) -> PreparedData:
+def prepared(
+    fingerprint: str = "abc", num_train_tokens: int = 10_000_000, num_val_tokens: int = 100_000
+) -> PreparedData:
     return PreparedData(
         path=Path("data"), fingerprint=fingerprint, vocab_size=4096, eos_id=0, pad_id=1,
-        num_train_tokens=num_train_tokens, num_val_tokens=100_000, bytes_per_token_val=3.5,
+        num_train_tokens=num_train_tokens, num_val_tokens=num_val_tokens, bytes_per_token_val=3.5,
         compression_table=np.arange(4096), tokenizer_path=Path("data/tokenizer.json"), provenance={}, shards={},
     )  # fmt: skip
 
 
 def make(settings: SweepConfig | None = None, config: Config | None = None, **changes: object) -> Plan:
     return Planner(config or base(), settings or sweep(), **{"prepared": prepared(), **changes}).first_stage()  # type: ignore[arg-type]
+
+
+def load_sweep_base() -> Config:
+    """What the trials of the default sweep share."""
+    with initialize_config_dir(str(Path(__file__).resolve().parent.parent / "conf"), version_base="1.3"):
+        root = from_dictconfig(compose("sweep"))
+    return Config(**{field.name: getattr(root, field.name) for field in dataclasses.fields(Config)})
 
 
 def by_kind(plan: Plan, kind: TrialKind) -> list[Trial]:
@@ -145,8 +157,40 @@ def _model_of(plain: dict) -> TransformerConfig:
 
 def test_estimates_follow_finished_trials() -> None:
     guess, known = make(), make(tokens_per_second=[1000.0, 2000.0, 64_000.0])
-    assert known.trials[0].estimated_seconds == pytest.approx(STARTUP_SECONDS + 400 * 4096 / 2000)
+    tokens = 400 * 4096 + 100_000 / 3  # trained, and validated on all there is: a forward pass is a third
+    assert known.trials[0].estimated_seconds == pytest.approx(STARTUP_SECONDS + tokens / 2000)
     assert [t.trial_id for t in guess.trials] == [t.trial_id for t in known.trials]
+
+
+def test_first_estimate_is_the_measured_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """conf/model/tiny.yaml, 2,048 tokens a step: 9,700 tokens/s on one thread in bf16, 0.7 of it in fp32."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    config = load_sweep_base()
+    config.engine.num_threads = 1
+    tokens = config.train.max_steps * config.train.global_batch_tokens + config.train.eval_tokens / 3
+    for precision, speed in ((Precision.bf16, 9_700), (Precision.fp32, 0.7 * 9_700)):
+        config.engine.precision = precision
+        plan = make(config=config, prepared=prepared(num_val_tokens=10**6))
+        for trial in plan.trials:
+            assert trial.estimated_seconds == pytest.approx(STARTUP_SECONDS + tokens / speed, rel=0.02)
+
+
+def test_every_validation_is_in_the_estimate() -> None:
+    config = base()
+    config.train.eval_interval = 100  # after steps 100, 200 and 300, and at the end
+    few, many = make(tokens_per_second=[1000.0]), make(config=config, tokens_per_second=[1000.0])
+    assert many.trials[0].estimated_seconds - few.trials[0].estimated_seconds == pytest.approx(3 * 100_000 / 3 / 1000)
+
+
+def test_duration_of_a_sweep_counts_what_is_pending() -> None:
+    planner = Planner(base(), sweep(jobs=2, lr_scales=[0.5, 2.0]), prepared=prepared(), tokens_per_second=[1000.0])
+    plan = planner.first_stage()
+    each = plan.trials[0].estimated_seconds
+    assert planned_seconds(plan) == pytest.approx((6 + 4 + 4) / 2 * each)
+    losses = {trial.trial_id: 4.0 for trial in by_kind(plan, TrialKind.arm)}
+    assert planned_seconds(planner.second_stage(plan, losses)) == pytest.approx(planned_seconds(plan))
+    plan.jobs = 100
+    assert planned_seconds(plan) == pytest.approx(each)
 
 
 def test_machine_choices_are_resolved_and_written() -> None:
@@ -241,6 +285,9 @@ def test_unreadable_plans(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "plan.json").read_text())
     (tmp_path / "plan.json").write_text(json.dumps({**record, "schema_version": 99}))
     with pytest.raises(ValueError, match="schema_version"):
+        read_plan(tmp_path)
+    (tmp_path / "plan.json").write_text(json.dumps({**record, "trials": [{"trial_id": "abc"}]}))
+    with pytest.raises(ValueError, match="not whole"):
         read_plan(tmp_path)
     (tmp_path / "plan.json").write_text(json.dumps(record)[:-100])
     with pytest.raises(ValueError, match="not whole"):

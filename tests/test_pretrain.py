@@ -1,6 +1,7 @@
 """The command line: composed settings, clear messages, exit codes."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from hydra import compose, initialize_config_module
 from hydra.errors import ConfigCompositionException
 from omegaconf.errors import OmegaConfBaseException
 
-from train.config import Config, config_hash, from_dictconfig, load_config, register_schema, to_yaml
+from train.config import Config, compose_config, config_hash, from_dictconfig, load_config, register_schema, to_yaml
+from train.pretrain import main
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
@@ -76,8 +78,59 @@ def test_one_line_and_a_non_zero_exit(tmp_path: Path) -> None:
 
 def test_unknown_setting_from_the_shell(tmp_path: Path) -> None:
     result = pretrain("train.max_stepz=5", cwd=tmp_path)
-    assert result.returncode != 0
-    assert "max_stepz" in result.stderr
+    assert result.returncode == 2
+    assert result.stderr == (
+        "error: train.max_stepz=5: there is no setting train.max_stepz; did you mean train.max_steps?\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["seed=1", "+train.max_step=5"], r"\+train.max_step=5: there is no setting .* did you mean train.max_steps?"),
+        (["lr=3"], "lr=3: there is no setting lr; did you mean optim.lr?"),
+        (["model.moe=null", "model.engram.rowdim=3"], "model.engram.rowdim=3: there is no setting .*"),
+        (["train.max_steps=many"], "train.max_steps=many: .* could not be converted to Integer"),
+        (["seed=1", "optim.kind=sgd"], "optim.kind=sgd: Invalid value 'sgd', expected one of .adamw, muon."),
+        (["model=nope"], ".*'model/nope'; there are: tiny, tiny_engram"),
+        (["train.max_steps"], "train.max_steps: a setting is given as name=value"),
+        (["model=tiny", "model.engram.table_size=3"], ".*model.engram.table_size=3: a setting below a part .* null.*"),
+        (["model.embedding_init_std=0"], "model.embedding_init_std=0.0 must be positive.*"),
+        (["+engine.deepspeed.amp=true"], "engine.deepspeed.amp=True is refused.*"),
+        (["--config-path", "nowhere"], "--config-path=nowhere .*there is no file nowhere/train.yaml"),
+    ],
+)
+def test_wrong_arguments_end_in_one_line(
+    overrides: list[str], line: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(overrides) == 2
+    err = capsys.readouterr().err
+    assert re.fullmatch(f"error: {line.replace('?', '[?]')}\n", err), err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_setting_in_a_file_is_named(tmp_path: Path) -> None:
+    good = to_yaml(composed())
+    for wrong, message in (
+        (good.replace("max_steps:", "max_stepz:"), r"no setting train.max_stepz; did you mean train.max_steps\?"),
+        (good.replace("max_steps: ", "max_steps: x"), r"^train.max_steps: Value 'x\d+' .* Integer$"),
+    ):
+        (tmp_path / "config.yaml").write_text(wrong)
+        with pytest.raises(ValueError, match=message):
+            compose_config(tmp_path, "config", ["seed=2"])
+
+
+def test_overrides_of_hydra_are_harmless() -> None:
+    hydra = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+    assert compose_config(None, "train", hydra) == composed()
+
+
+def test_a_file_as_run_dir_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main([f"run_dir={tmp_path / 'file'}"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: run_dir={tmp_path / 'file'} is a file") and len(err.splitlines()) == 1
 
 
 def test_a_run_repeats_from_its_folder_alone(tmp_path: Path) -> None:
@@ -101,7 +154,8 @@ def test_a_run_repeats_from_its_folder_alone(tmp_path: Path) -> None:
     finished = pretrain("--config-path", str(tmp_path / "first"), "--config-name", "config", cwd=tmp_path)
     assert finished.returncode == 0 and "first is finished" in finished.stdout
     other = pretrain(*settings, "seed=1", cwd=tmp_path)
-    assert other.returncode == 2 and "another configuration" in other.stderr
+    assert other.returncode == 2 and "another configuration (seed: 0 -> 1)" in other.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "first", "second"]
     spoken = subprocess.run(
         [sys.executable, "-m", "train.generate", "first", "import "],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,

@@ -83,6 +83,8 @@ def test_conclusion_comes_first_and_sections_are_complete(full):
     assert "abc123" in text  # the corpus fingerprint
     assert "python -m sweeps.run action=run" in text
     assert "train.max_steps=400" in text
+    again = next(line for line in text.splitlines() if "python -m train.pretrain" in line)
+    assert "hydra.run.dir=. hydra.output_subdir=null hydra/job_logging=none hydra/hydra_logging=none" in again
     assert "ValueError: <script>alert('no')</script> broke" in text  # the failed trial's log, as text
 
 
@@ -214,6 +216,26 @@ def test_command_line(tmp_path, capsys):
     assert lines[0].startswith("The loss is lowest at rho = 0.")
     assert main([str(tmp_path / "nowhere")]) == 2
     assert "make sweep" in capsys.readouterr().err
+
+
+def test_command_line_reports_the_folders_as_they_are(tmp_path, capsys):
+    sweep = full_sweep(tmp_path / "grown", num_seeds=2)
+    folder = sweep.write()
+    before = len((folder / "results.csv").read_text().splitlines())
+    late = sweep.add(0.5, 0)
+    sweep.write()
+    (folder / "results.csv").write_text("")  # stale, as after a runner that was killed
+    assert main([str(folder)]) == 0
+    rows = (folder / "results.csv").read_text().splitlines()
+    assert len(rows) == before + 1
+    assert late.name in rows[-1]
+    assert f"{sweep.rows[-1]['val_loss']:.6f}"[:7] in rows[-1]
+    (late / "result.json").unlink()
+    assert main([str(folder)]) == 0
+    assert "finished" not in (folder / "results.csv").read_text().splitlines()[-1]
+    (folder / "plan.json").unlink()
+    assert main([str(folder)]) == 0  # results.csv alone will do
+    capsys.readouterr()
 
 
 @pytest.mark.parametrize(

@@ -8,72 +8,25 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from models.attention import AttentionConfig
-from models.engram import EngramConfig
-from models.moe import MoEConfig
-from models.router import RouterConfig
-from models.transformer import TransformerConfig
-from train import loop
-from train.build import build_memory, build_model
-from train.config import Config, config_hash, load_config, to_yaml, validate
-from train.data import DataConfig
+from models import memory_table
+from tests.tiny_run import VOCAB, final_tensors, make, run, without_clock
+from train import evaluate, loop, pretrain
+from train.config import load_config
+from train.data import DataConfig, DataSource
+from train.dedup import DedupConfig
 from train.engine import EngineConfig, Precision
-from train.generate import generate
-from train.loop import NonFiniteLossError, Stopped, TrainConfig, train
-from train.metrics import LogConfig, read_metrics
+from train.finite import NonFiniteLossError
+from train.generate import main as generate_main
+from train.loop import Stopped
+from train.metrics import read_metrics
 from train.optim import OptimConfig, OptimizerKind
-from train.prepare import open_prepared
-from train.run_folder import RunFolder
 from train.schedule import ScheduleConfig
-
-VOCAB = 320
 
 
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("data")
-
-
-def make(data_root: Path, run_dir: Path, **changes: Any) -> Config:
-    cfg = Config(
-        model=TransformerConfig(
-            vocab_size=VOCAB,
-            seq_len=32,
-            num_layers=2,
-            d_model=32,
-            attention=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=16),
-            moe=MoEConfig(num_experts=4, d_expert=16, num_shared_experts=1, router=RouterConfig(top_k=2)),
-            engram=EngramConfig(layers=[1], num_hash_heads=2, d_memory=32, table_size=101),
-        ),
-        data=DataConfig(root=str(data_root), vocab_size=VOCAB, max_documents=60),
-        schedule=ScheduleConfig(warmup_steps=2),
-        engine=EngineConfig(precision=Precision.fp32, num_threads=1),
-        train=TrainConfig(
-            max_steps=8, global_batch_tokens=256, micro_batch_size=4, eval_tokens=512, checkpoint_interval=3
-        ),
-        optim=OptimConfig(lr=1e-2),
-        log=LogConfig(interval=1, progress=False),
-        run_dir=str(run_dir),
-    )
-    return replace(cfg, **changes)
-
-
-def run(cfg: Config) -> dict[str, Any]:
-    validate(cfg)
-    identity = config_hash(cfg)
-    with RunFolder(Path(cfg.run_dir), to_yaml(cfg), identity) as folder:
-        return train(cfg, folder, identity)
-
-
-def final_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
-    newest = sorted(run_dir.glob("checkpoints/step_*"))[-1]
-    return {f"{f.stem}.{k}": v for f in sorted(newest.glob("*.safetensors")) for k, v in load_file(f).items()}
-
-
-def without_clock(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in record.items() if not key.startswith("perf/")} for record in records]
 
 
 class Interrupt(Exception):
@@ -180,10 +133,123 @@ def test_a_non_finite_loss_stops_before_the_step(
         return (nats * float("nan") if calls == 9 else nats), count  # first micro-batch of step 5
 
     monkeypatch.setattr(loop, "cross_entropy", explodes)
-    with pytest.raises(NonFiniteLossError, match=r"loss is nan at step 5.*optim.lr"):
+    with pytest.raises(NonFiniteLossError, match=r"loss is nan.*optim.lr"):
         run(cfg)
     assert [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
     assert all(torch.isfinite(t.float()).all() for t in final_tensors(tmp_path / "run").values())
+
+
+def test_auxiliary_losses_are_checked_too(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = make(data_root, tmp_path / "run")
+    backward = loop.build_engine
+
+    def with_infinite_auxiliary_loss(*args: Any) -> Any:
+        engine = backward(*args)
+        forward = engine.forward
+
+        def spoilt(*inputs: Any) -> Any:
+            output = forward(*inputs)
+            output.aux_losses["balance"] = torch.tensor(float("inf"))
+            return output
+
+        engine.forward = spoilt
+        engine.backward = lambda *_: pytest.fail("backward of an infinite loss")
+        return engine
+
+    monkeypatch.setattr(loop, "build_engine", with_infinite_auxiliary_loss)
+    with pytest.raises(NonFiniteLossError, match="loss is inf"):
+        run(cfg)
+
+
+def test_a_non_finite_gradient_ends_as_failed_with_its_step(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = make(data_root, tmp_path / "run")
+    coalesce, calls = memory_table.coalesce, 0
+
+    def explodes(row_ids: torch.Tensor, gradient: torch.Tensor) -> Any:
+        nonlocal calls
+        calls += 1
+        rows, summed = coalesce(row_ids, gradient)
+        return rows, summed * float("inf") if calls == 14 else summed  # three calls a step: the fifth
+
+    monkeypatch.setattr(memory_table, "coalesce", explodes)
+    assert pretrain.run(cfg) == pretrain.EXIT_NOT_FINITE
+    assert "error: after step 4 of 8: gradient norm is" in capsys.readouterr().err
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("failed", 4)
+    assert all(torch.isfinite(t.float()).all() for t in final_tensors(tmp_path / "run").values())
+
+
+def test_a_non_finite_validation_is_no_result(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = make(data_root, tmp_path / "run")
+    cross_entropy = evaluate.cross_entropy
+    monkeypatch.setattr(evaluate, "cross_entropy", lambda *args: (cross_entropy(*args)[0] * float("inf"), 1))
+    assert pretrain.run(cfg) == pretrain.EXIT_NOT_FINITE
+    assert "validation loss is inf" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "result.json").exists()
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("failed", 8)
+
+
+@pytest.mark.parametrize("moment", ["before_result", "before_validation"])
+def test_killed_after_the_last_step_equals_undisturbed(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    whole = run(make(data_root, tmp_path / "a"))
+
+    def dies(*_: Any) -> None:
+        raise Interrupt
+
+    with monkeypatch.context() as patch:
+        if moment == "before_result":
+            patch.setattr(loop, "count_parameters", dies)
+        else:
+            patch.setattr(loop, "_evaluate", dies)
+        with pytest.raises(Interrupt):
+            run(make(data_root, tmp_path / "b"))
+    resumed = run(make(data_root, tmp_path / "b"))
+    clocks = {"train_seconds", "tokens_per_second", "wall_seconds", "mfu_convention"}
+    assert {k: v for k, v in resumed.items() if k not in clocks} == {k: v for k, v in whole.items() if k not in clocks}
+    assert without_clock(read_metrics(tmp_path / "a" / "metrics.jsonl")) == without_clock(
+        read_metrics(tmp_path / "b" / "metrics.jsonl")
+    )
+
+
+def test_metrics_reach_the_disk_before_their_checkpoint(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    sync, save = loop.Recorder.sync, loop.save
+    monkeypatch.setattr(loop.Recorder, "sync", lambda self: (order.append("metrics"), sync(self)))
+    monkeypatch.setattr(loop, "save", lambda *args: (order.append("checkpoint"), save(*args)))
+    run(make(data_root, tmp_path / "run"))
+    assert order == ["metrics", "checkpoint"] * 3  # steps 3, 6, 8
+
+
+def test_other_data_than_the_checkpoint_is_refused(
+    data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same settings, but the text that they stand for has changed: local files do."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {i} of the first text, {i * 7919 % 1000}" for i in range(800)))
+    cfg = make(data_root, tmp_path / "run")
+    cfg.data = DataConfig(
+        source=DataSource.datasets, root=str(tmp_path / "data"), vocab_size=VOCAB, data_files=[str(text)],
+        document_separator="\n", val_fraction=0.2, dedup=DedupConfig(enabled=False),
+    )  # fmt: skip
+    run(cfg)
+    held = json.loads((tmp_path / "run" / "result.json").read_text())["data_fingerprint"]
+    (tmp_path / "run" / "result.json").unlink()
+    weights = final_tensors(tmp_path / "run")
+    text.write_text("\n".join(f"line {i} of another text, {i * 104729 % 1000}" for i in range(900)))
+    with pytest.raises(ValueError, match=rf"trained on data of fingerprint {held}.*has [0-9a-f]+.*restore them"):
+        run(cfg)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in final_tensors(tmp_path / "run").items())
+    assert generate_main([str(tmp_path / "run"), "line"]) == 2
+    assert held in capsys.readouterr().err
 
 
 def test_learning_and_records(data_root: Path, tmp_path: Path) -> None:
@@ -203,26 +269,6 @@ def test_learning_and_records(data_root: Path, tmp_path: Path) -> None:
     assert load_config(tmp_path / "run" / "config.yaml") == cfg
 
 
-def test_generation_is_causal_and_uses_the_memory(data_root: Path, tmp_path: Path) -> None:
-    cfg = make(data_root, tmp_path / "run")
-    cfg.train.max_steps = 30
-    run(cfg)
-    prepared = open_prepared(cfg.data)
-    state = load_file(sorted((tmp_path / "run").glob("checkpoints/step_*"))[-1] / "model.safetensors")
-    model = build_model(cfg.model, 0, torch.device("cpu"))
-    model.load_state_dict(state)
-    memory = build_memory(cfg, prepared, torch.device("cpu"))
-    prompt = [5, 6, 7]
-    greedy = generate(model, memory, prompt, 40, 0.0, eos_id=-1)
-    assert len(greedy) == 40  # longer than the window of 32
-    assert generate(model, memory, prompt, 40, 0.0, eos_id=-1) == greedy
-    assert generate(model, memory, prompt, 40, 0.0, eos_id=greedy[3]) == greedy[: greedy.index(greedy[3])]
-    sampled = generate(model, memory, prompt, 40, 1.0, eos_id=-1)
-    assert sampled != greedy and generate(model, memory, prompt, 40, 1.0, eos_id=-1) == sampled
-    memory.tables[1].weight.normal_(0, 5.0, generator=torch.Generator().manual_seed(0))
-    assert generate(model, memory, prompt, 40, 1.0, eos_id=-1) != sampled
-
-
 def test_damaged_checkpoint_is_named_and_nothing_is_overwritten(data_root: Path, tmp_path: Path) -> None:
     cfg = make(data_root, tmp_path / "run")
     run(cfg)
@@ -238,6 +284,7 @@ def test_damaged_checkpoint_is_named_and_nothing_is_overwritten(data_root: Path,
     ("change", "message"),
     [
         ({"train": {"global_batch_tokens": 300}}, r"train.global_batch_tokens=300.*4 \* 32 = 128.*256 or 384"),
+        ({"train": {"eval_tokens": 31}}, r"train.eval_tokens=31 must be >= model.seq_len=32.*nearest: 32"),
         ({"schedule": {"warmup_steps": 8}}, r"schedule.warmup_steps=8 must be < train.max_steps=8; nearest: 7"),
         ({"model": {"vocab_size": 100}}, r"model.vocab_size=100 must equal data.vocab_size=320"),
     ],

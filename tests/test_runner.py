@@ -23,6 +23,7 @@ from sweeps.runner import (
     visible_gpu,
 )
 from sweeps.trial import Trial, TrialKind, read_json, trial_dir, trial_id
+from train.config import Config, to_yaml
 
 FAKE = Path(__file__).with_name("fake_trial.py")
 QUICK, SLOW, FAILS, NO_RESULT = range(4)  # seeds of fake_trial.py
@@ -245,9 +246,29 @@ def test_peak_disk_counts_two_checkpoints_of_each_running_trial() -> None:
         trial.estimated_disk_bytes = size
     assert peak_disk_bytes(trials, 2, "none") == 2 * (11 + 7)
     assert peak_disk_bytes(trials, 2, "last") == 2 * (11 + 7) + 23
+    for trial in trials:
+        trial.config["train"] = {"keep_checkpoints": 3}
+    assert peak_disk_bytes(trials, 2, "none") == 4 * (11 + 7)
+    assert peak_disk_bytes(trials, 2, "last") == 4 * (11 + 7) + 3 * 23
 
 
 def test_the_real_command_names_the_folder(tmp_path: Path) -> None:
     command = pretrain_command(tmp_path)
     assert command[:3] == [sys.executable, "-m", "train.pretrain"]
     assert command[command.index("--config-path") + 1] == str(tmp_path)
+
+
+def test_the_real_command_leaves_the_working_directory_alone(tmp_path: Path) -> None:
+    """A trial with a setting that the run itself refuses: composed by Hydra, started, ended before any training."""
+    trial, cwd = tmp_path / "trial", tmp_path / "cwd"
+    trial.mkdir()
+    cwd.mkdir()
+    config = Config()
+    config.train.global_batch_tokens, config.run_dir = 1, str(trial)
+    (trial / "config.yaml").write_text(to_yaml(config))
+    env = {**os.environ, "PYTHONPATH": str(FAKE.parent.parent)}
+    ended = subprocess.run(pretrain_command(trial), cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2, ended.stderr
+    assert "train.global_batch_tokens=1 must be" in ended.stderr
+    assert list(cwd.iterdir()) == []
+    assert [path.name for path in trial.iterdir()] == ["config.yaml"]

@@ -134,7 +134,7 @@ def test_more_seeds_join_a_sweep(tmp_path: Path) -> None:
 def test_another_base_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
     act(started(tmp_path), fake_command)
     plan = (tmp_path / "s" / "plan.json").read_text()
-    with pytest.raises(ValueError, match=r"optim.lr: 0.003 -> 0.001.*choose another sweep.name"):
+    with pytest.raises(ValueError, match=r"optim.lr: 0.01 -> 0.001.*choose another sweep.name"):
         act(started(tmp_path, "optim.lr=0.001"), fake_command)
     assert (tmp_path / "s" / "plan.json").read_text() == plan
 

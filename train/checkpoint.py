@@ -120,6 +120,9 @@ def load(path: Path) -> Checkpoint:
         if file.suffix == ".safetensors":
             tensors[file.stem] = load_file(file)
     state = json.loads((path / "state.json").read_text())
+    version = state.pop("schema_version")
+    if version != SCHEMA_VERSION:
+        raise DamagedCheckpointError(f"{path} has schema_version {version}, this code reads {SCHEMA_VERSION}; {remedy}")
     return Checkpoint(step=state.pop("step"), tensors=tensors, state=state)
 
 

@@ -5,25 +5,30 @@ turns a composed DictConfig into plain objects, and checks what concerns more th
 """
 
 import os
-from dataclasses import asdict, dataclass, field
-from enum import Enum
+from dataclasses import dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import get_args, get_type_hints
 
 import yaml
+from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from models.memory_table import MemoryOptimConfig
 from models.transformer import TransformerConfig
 from train.data import DataConfig
 from train.engine import EngineConfig, resolve_native, resolve_precision
-from train.identity import identity_hash
+from train.identity import identity_hash, to_plain
 from train.loop import TrainConfig
 from train.metrics import LogConfig
 from train.optim import OptimConfig
 from train.run_folder import SCHEMA_VERSION
 from train.schedule import ScheduleConfig
+
+_CONF = Path(__file__).resolve().parents[1] / "conf"  # its folders are Hydra's config groups
 
 
 @dataclass
@@ -61,26 +66,85 @@ def from_dictconfig(composed: DictConfig) -> Config:
     return config
 
 
+def compose_config(folder: Path | None, name: str, overrides: list[str]) -> Config:
+    """The configuration of `conf/<name>.yaml`, or of `<folder>/<name>.yaml`, with `overrides`; writes nothing.
+
+    Raises:
+        ValueError: one line with the setting, its value, and the name that was perhaps meant.
+    """
+    register_schema()
+    if folder is not None and not (folder / f"{name}.yaml").is_file():
+        raise ValueError(f"--config-path={folder} --config-name={name}: there is no file {folder / name}.yaml")
+    try:
+        with (
+            initialize_config_module("conf", version_base="1.3")
+            if folder is None
+            else initialize_config_dir(str(folder.resolve()), version_base="1.3")
+        ):
+            return from_dictconfig(compose(name, overrides=overrides))
+    except (HydraException, OmegaConfBaseException, AssertionError, yaml.YAMLError) as error:
+        raise ValueError(_explain(error, overrides)) from error
+
+
 def load_config(path: Path) -> Config:
-    """Read a run's `config.yaml`."""
-    loaded = OmegaConf.load(path)
-    assert isinstance(loaded, DictConfig)
-    return from_dictconfig(loaded)
+    """Read a run's `config.yaml`.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    try:
+        loaded = OmegaConf.load(path)
+        assert isinstance(loaded, DictConfig)
+        return from_dictconfig(loaded)
+    except (OmegaConfBaseException, AssertionError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not the configuration of a run ({_explain(error, [])})") from error
 
 
-def to_plain(config: Any) -> Any:
-    """Nested dicts of numbers and strings: enums by value, ready for YAML or JSON."""
+def setting_names(component: type = Config, prefix: str = "") -> list[str]:
+    """Dotted names of all settings, also of the parts that a model need not have."""
+    names = []
+    types = get_type_hints(component)
+    for setting in fields(component):
+        inner = [part for part in (types[setting.name], *get_args(types[setting.name])) if is_dataclass(part)]
+        names.append(prefix + setting.name)
+        for part in inner:
+            assert isinstance(part, type)
+            names += setting_names(part, f"{prefix}{setting.name}.")
+    return names
 
-    def convert(value: Any) -> Any:
-        if isinstance(value, Enum):
-            return value.value
-        if isinstance(value, dict):
-            return {key: convert(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [convert(item) for item in value]
-        return value
 
-    return convert(asdict(config))
+def _explain(error: BaseException, overrides: list[str]) -> str:
+    """One line on what Hydra or OmegaConf refused."""
+    names = setting_names()
+    for text in overrides:
+        name = text.split("=")[0].lstrip("+~").split("@")[0]
+        free = name.startswith(("engine.deepspeed.", "hydra.", "hydra/")) or (_CONF / name).is_dir()
+        if name not in names and not free:
+            return f"{text}: there is no setting {name}{_closest(name, names)}"
+        if "=" not in text and not text.startswith("~"):
+            return f"{text}: a setting is given as name=value"
+    if isinstance(error, AssertionError):  # from Hydra, whose message says nothing
+        return f"{' '.join(overrides)}: a setting below a part that is null; choose one that has it (model=tiny_engram)"
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(error).__name__]
+    if "Could not find" in lines[0]:  # then come the options that there are, and where was searched
+        lines = [line for line in lines if not line.startswith(("Available options", "provider"))]
+        options = [line for line in lines[1:] if not line.startswith("Config search path")]
+        lines[0] += f"; there are: {', '.join(options)}"
+    key = str(getattr(cause, "full_key", None) or "")
+    if key and key not in names:
+        return f"there is no setting {key}{_closest(key, names)} ({lines[0]})"
+    given = next((text for text in overrides if text in str(error) or text == getattr(error, "override", None)), key)
+    return f"{given}: {lines[0]}".removeprefix(": ")
+
+
+def _closest(name: str, names: list[str]) -> str:
+    """The existing name nearest to `name`: by the whole, else by its last part alone."""
+    found = get_close_matches(name, names, n=1, cutoff=0.7)
+    if not found:
+        last = {known.split(".")[-1]: known for known in reversed(names)}
+        found = [last[part] for part in get_close_matches(name.split(".")[-1], list(last), n=1)]
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def to_yaml(config: Config) -> str:
@@ -116,6 +180,11 @@ def validate(config: Config) -> None:
         raise ValueError(
             f"train.global_batch_tokens={wanted} must be a multiple of train.micro_batch_size * model.seq_len = "
             f"{config.train.micro_batch_size} * {config.model.seq_len} = {per_micro_batch}; nearest: {nearest}"
+        )
+    if config.train.eval_tokens < config.model.seq_len:
+        raise ValueError(
+            f"train.eval_tokens={config.train.eval_tokens} must be >= model.seq_len={config.model.seq_len}, one "
+            f"window; nearest: {config.model.seq_len}"
         )
     if config.schedule.warmup_steps >= config.train.max_steps:
         raise ValueError(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models.memory_table import LocalTable
+from train.optimizer_state import check_names
 
 
 class WeightAverage:
@@ -28,15 +29,17 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, tables: Mapping[int, LocalTable], decay: float, max_steps: int) -> None:
-        self.parameters: list[Tensor] = list(model.parameters())
+        self.parameters: dict[str, Tensor] = dict(model.named_parameters())
         self.tables = tables
-        self.dense = [parameter.detach().clone() for parameter in self.parameters]
+        self.dense = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.rows = {layer: table.weight.clone() for layer, table in tables.items()}
-        self.last = {layer: torch.zeros(len(table.weight), dtype=torch.int32) for layer, table in tables.items()}
+        # (rows,) step at which each row's average was last brought up to date
+        self.last = {layer: torch.zeros_like(table.step) for layer, table in tables.items()}
         steps = torch.arange(1, max_steps + 1, dtype=torch.float64)
         self._decays = torch.minimum(torch.tensor(decay, dtype=torch.float64), (1 + steps) / (10 + steps))
         # (max_steps + 1,) logarithm of the product of all decays up to and including step t
-        self._log_product = torch.cat([torch.zeros(1, dtype=torch.float64), self._decays.log().cumsum(0)])
+        log_product = torch.cat([torch.zeros(1, dtype=torch.float64), self._decays.log().cumsum(0)])
+        self._log_product = {layer: log_product.to(table.weight.device) for layer, table in tables.items()}
         self.step = 0
         self._touched: dict[int, Tensor] = {}
 
@@ -51,7 +54,7 @@ class WeightAverage:
         """Fold the new weights in."""
         decay = float(self._decays[self.step])
         self.step += 1
-        torch._foreach_lerp_(self.dense, [p.detach() for p in self.parameters], 1.0 - decay)
+        torch._foreach_lerp_(list(self.dense.values()), [p.detach() for p in self.parameters.values()], 1.0 - decay)
         for layer, row_ids in self._touched.items():
             self.rows[layer][row_ids] = torch.lerp(self.tables[layer].weight[row_ids], self.rows[layer][row_ids], decay)
             self.last[layer][row_ids] = self.step
@@ -59,24 +62,34 @@ class WeightAverage:
     def read(self, layer: int, row_ids: Tensor) -> Tensor:
         """Averaged rows as of now: row_ids (...) -> (..., M)."""
         weight = self.tables[layer].weight[row_ids]
-        elapsed = self._log_product[self.step] - self._log_product[self.last[layer][row_ids].long()]
+        log_product = self._log_product[layer]
+        elapsed = log_product[self.step] - log_product[self.last[layer][row_ids].long()]
         return weight + (self.rows[layer][row_ids] - weight) * elapsed.exp().float().unsqueeze(-1)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Run the block with the averaged dense parameters in the model; memory rows come from `read`."""
-        current = [parameter.detach().clone() for parameter in self.parameters]
+        parameters = list(self.parameters.values())
+        current = [parameter.detach().clone() for parameter in parameters]
         with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.dense)
+            torch._foreach_copy_(parameters, list(self.dense.values()))
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(self.parameters, current)
+                torch._foreach_copy_(parameters, current)
+
+    @torch.no_grad()
+    def replace_weights(self) -> None:
+        """Put the averages in the place of parameters and rows for good, for use after training."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.dense[name])
+        for layer, table in self.tables.items():
+            table.weight.copy_(self.read(layer, torch.arange(len(table.weight), device=table.weight.device)))
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint needs."""
-        state = {f"dense.{index}": tensor for index, tensor in enumerate(self.dense)}
+        state = {f"dense.{name}": tensor for name, tensor in self.dense.items()}
         for layer in self.rows:
             state[f"rows.{layer}"] = self.rows[layer]
             state[f"last.{layer}"] = self.last[layer]
@@ -84,6 +97,8 @@ class WeightAverage:
 
     def load_state_tensors(self, state: Mapping[str, Tensor], step: int) -> None:
         """Restore what `state_tensors` gave after `step` steps."""
-        for name, tensor in self.state_tensors().items():
+        own = self.state_tensors()
+        check_names(own, state)
+        for name, tensor in own.items():
             tensor.copy_(state[name])
         self.step = step

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from models import native
 from models.memory_table import MemoryTable
 from models.transformer import Output, Transformer
+from train.finite import check_finite
 from train.optim import OptimConfig, OptimizerKind, ParameterGroup, parameter_groups
+from train.optimizer_state import check_names, moments, refresh_masters
 
 
 class Precision(str, Enum):
@@ -42,6 +44,27 @@ class NativeKernels(str, Enum):
     off = "off"
 
 
+# DeepSpeed settings that only report; tests/test_engine.py shows that steps are the same to the bit with them.
+DEEPSPEED_SETTINGS = ("dump_state", "memory_breakdown", "steps_per_print")
+
+# What to use instead of the settings that are generated here.
+_OURS = {
+    "gradient_clipping": "use optim.grad_clip, since DeepSpeed's clipping does not see the memory tables, and with "
+    "Muon at ZeRO stage >= 1 it rescales orthogonalised gradients and the model does not learn",
+    "optimizer": "use the optim group",
+    "scheduler": "use the schedule group",
+    "zero_optimization": "use engine.zero_stage",
+    "bf16": "use engine.precision",
+    "fp16": "use engine.precision=bf16, fp16 is not supported",
+    "torch_autocast": "use engine.precision",
+    "managed_gradient_accumulation": "it must stay false, clipping happens between backward and step",
+    "gradient_accumulation_steps": "use train.global_batch_tokens and train.micro_batch_size",
+    "train_batch_size": "use train.global_batch_tokens",
+    "train_micro_batch_size_per_gpu": "use train.micro_batch_size",
+    "wall_clock_breakdown": "DeepSpeed's timers fail where accumulation is not its, perf/* of the metrics has times",
+}
+
+
 @dataclass
 class EngineConfig:
     """How the model is executed. All of it is part of a run's identity, since it changes numerics."""
@@ -50,29 +73,19 @@ class EngineConfig:
     precision: Precision = Precision.auto
     num_threads: int = 0  # CPU threads of this process; 0: all cores, resolved when a run is planned
     native_kernels: NativeKernels = NativeKernels.auto
-    deepspeed: dict[str, Any] = field(default_factory=dict)  # extra DeepSpeed settings, merged over the generated ones
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # extra DeepSpeed settings, of DEEPSPEED_SETTINGS
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1):
             raise ValueError(f"engine.zero_stage={self.zero_stage} is not supported; use 0 or 1")
         if self.num_threads < 0:
             raise ValueError(f"engine.num_threads={self.num_threads} must be >= 0; 0 means all cores")
-        owned = {
-            "gradient_clipping": "use optim.grad_clip: DeepSpeed's clipping does not see the memory tables, and with "
-            "Muon at ZeRO stage >= 1 it rescales orthogonalised gradients and the model does not learn",
-            "optimizer": "use the optim group",
-            "zero_optimization": "use engine.zero_stage",
-            "bf16": "use engine.precision",
-            "fp16": "use engine.precision=bf16; fp16 is not supported",
-            "torch_autocast": "use engine.precision",
-            "managed_gradient_accumulation": "it must stay false: clipping happens between backward and step",
-            "gradient_accumulation_steps": "use train.global_batch_tokens and train.micro_batch_size",
-            "train_batch_size": "use train.global_batch_tokens",
-            "train_micro_batch_size_per_gpu": "use train.micro_batch_size",
-        }
-        for key in self.deepspeed:
-            if key in owned:
-                raise ValueError(f"engine.deepspeed.{key}={self.deepspeed[key]!r} is refused: {owned[key]}")
+        for key, value in self.deepspeed.items():
+            if key not in DEEPSPEED_SETTINGS:
+                why = _OURS.get(key, "it is not known to leave training as it is")
+                raise ValueError(
+                    f"engine.deepspeed.{key}={value!r} is refused: {why}; accepted: {', '.join(DEEPSPEED_SETTINGS)}"
+                )
 
 
 def resolve_precision(precision: Precision) -> Precision:
@@ -188,11 +201,15 @@ class Engine:
         """Clip by one global norm over parameters and tables, then update both and clear the gradients.
 
         factor = min(1, grad_clip / (norm + 1e-6)), norm^2 = sum over parameters |g|^2 + sum over tables |g|^2.
+
+        Raises:
+            NonFiniteLossError: the norm is not a number; parameters, tables and moments are as they were.
         """
         gradients = [gradient for _, gradient in self.gradients()]
         dense_sq = float(torch.stack(torch._foreach_norm(gradients)).double().square().sum())
         table_sq = sum(float(table.grad_sq_norm()) for table in self.tables.values())
         norm = (dense_sq + table_sq) ** 0.5
+        check_finite("gradient norm", norm)
         factor = min(1.0, self.optim.grad_clip / (norm + 1e-6)) if self.optim.grad_clip > 0 else 1.0
         if factor < 1.0:
             torch._foreach_mul_(gradients, factor)
@@ -227,7 +244,7 @@ class Engine:
             ValueError: naming the first tensors that are missing, surplus, or of another shape.
         """
         own = self.state_tensors()
-        _check_names(own, state)
+        check_names(own, state)
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items():
                 tensor.copy_(state[f"model.{name}"])
@@ -235,21 +252,11 @@ class Engine:
                 for name, parameter in group.parameters:
                     for key, tensor in self._moments(parameter, group).items():
                         tensor.copy_(state[f"optim.{name}.{key}"])
-            self._refresh_masters()
+            if self.cfg.zero_stage > 0:
+                refresh_masters(self._engine.optimizer)
 
     def _moments(self, parameter: nn.Parameter, group: ParameterGroup) -> dict[str, Tensor]:
-        """The live optimizer tensors of one parameter, as views with the parameter's shape where they have one."""
-        if self.cfg.zero_stage == 0:
-            return _plain_moments(self._engine.optimizer, parameter, group.use_muon)
-        return _partitioned_moments(self._engine.optimizer, parameter, group.use_muon)
-
-    def _refresh_masters(self) -> None:
-        """ZeRO >= 1 updates a flat fp32 copy of the weights: copy the restored weights into it."""
-        if self.cfg.zero_stage == 0:
-            return
-        optimizer = self._engine.optimizer
-        for index, master in enumerate(optimizer.single_partition_of_fp32_groups):
-            master.data.copy_(optimizer.parallel_partitioned_bit16_groups[index][0].data)
+        return moments(self._engine.optimizer, parameter, group.use_muon, self.cfg.zero_stage)
 
 
 def deepspeed_config(cfg: EngineConfig, micro_batch_size: int) -> dict[str, Any]:
@@ -327,56 +334,3 @@ def _eager_muon(kind: OptimizerKind) -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"):
         yield
-
-
-def _plain_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, use_muon: bool) -> dict[str, Tensor]:
-    """Optimizer state of one parameter at ZeRO stage 0, created as the optimizer would create it."""
-    state = optimizer.state[parameter]
-    if not state:
-        state.update(_fresh_moments(parameter, use_muon))
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
-
-
-def _partitioned_moments(optimizer: Any, parameter: nn.Parameter, use_muon: bool) -> dict[str, Tensor]:
-    """The same at ZeRO stage 1, where the state belongs to the flat fp32 partition that holds the parameter."""
-    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-    flat = optimizer.single_partition_of_fp32_groups[_group_index(optimizer, parameter)]
-    state = optimizer.optimizer.state[flat]
-    if not state:
-        state.update(_fresh_moments(flat, use_muon))
-    address = mapping.get_hp_fragment_address()
-    moments = {}
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.ndim:
-            moments[key] = value.narrow(0, address.start, address.numel).view(parameter.shape)
-        elif isinstance(value, Tensor):
-            moments[key] = value  # one step count for the whole partition, saved under each parameter
-    return moments
-
-
-def _group_index(optimizer: Any, parameter: nn.Parameter) -> int:
-    for index, group in enumerate(optimizer.bit16_groups):
-        if any(parameter is member for member in group):
-            return index
-    raise AssertionError("a parameter is in no ZeRO group")
-
-
-def _fresh_moments(parameter: Tensor, use_muon: bool) -> dict[str, Tensor]:
-    if use_muon:
-        return {"momentum_buffer": torch.zeros_like(parameter)}
-    return {
-        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-        "exp_avg": torch.zeros_like(parameter),
-        "exp_avg_sq": torch.zeros_like(parameter),
-    }
-
-
-def _check_names(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    missing, surplus = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-    wrong = sorted(name for name in own.keys() & given.keys() if own[name].shape != given[name].shape)
-    if missing or surplus or wrong:
-        raise ValueError(
-            "the checkpoint does not fit this model: "
-            f"missing {missing[:3]} ({len(missing)}), surplus {surplus[:3]} ({len(surplus)}), "
-            f"other shapes {wrong[:3]} ({len(wrong)}); resume with the configuration that wrote it"
-        )

@@ -9,6 +9,7 @@ import torch
 from models.loss import cross_entropy
 from models.transformer import Output
 from train.data import Batch
+from train.finite import check_finite
 
 
 @dataclass
@@ -26,6 +27,9 @@ def evaluate(forward: Callable[[Batch], Output], batches: Iterable[Batch], bytes
 
     loss = sum of nats / number of targets; the sum is kept in double precision.
     bits per byte = loss / (ln 2 * bytes_per_token), with the split's own mean bytes per token.
+
+    Raises:
+        NonFiniteLossError: the loss is not a number.
     """
     nats, count = 0.0, 0
     for batch in batches:
@@ -35,4 +39,5 @@ def evaluate(forward: Callable[[Batch], Output], batches: Iterable[Batch], bytes
     if count == 0:
         raise ValueError("the validation split holds no predictable token; prepare data with a larger validation split")
     loss = nats / count
+    check_finite("validation loss", loss)
     return Evaluation(loss=loss, bits_per_byte=loss / (math.log(2) * bytes_per_token), tokens=count)

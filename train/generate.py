@@ -10,7 +10,11 @@ from torch import Tensor
 
 from train import checkpoint
 from train.build import Memory, build_memory, build_model
+from train.ema import WeightAverage
+from train.optimizer_state import check_names
 from train.prepare import open_prepared
+from train.shards import PreparedData
+from train.snapshot import check_data
 from train.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -51,38 +55,63 @@ def generate(
     return new
 
 
-def main() -> None:
-    """Load the run's newest checkpoint and print the continuation."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of a run that kept its last checkpoint")
-    parser.add_argument("prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.8)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+def load(run_dir: Path) -> tuple["Transformer", Memory, PreparedData]:
+    """Model and memory of a run's newest checkpoint, averaged where the run averaged its weights; and its data.
 
+    Raises:
+        ValueError: no run, no checkpoint, a damaged one, or the data are missing or others.
+    """
     from train.config import load_config
 
-    if not (args.run / "config.yaml").exists():
-        sys.exit(f"error: {args.run} is not a run's folder (no config.yaml); give RUN=runs/<name>")
-    found = checkpoint.load_latest(args.run / "checkpoints")
+    if not (run_dir / "config.yaml").is_file():
+        raise ValueError(f"{run_dir} is not a run's folder (no config.yaml); give RUN=runs/<name>")
+    found = checkpoint.load_latest(run_dir / "checkpoints")
     if found is None:
-        sys.exit(f"error: {args.run} kept no checkpoint; train with train.final_checkpoint=true")
-    config = load_config(args.run / "config.yaml")
+        raise ValueError(f"{run_dir} kept no checkpoint; train with train.final_checkpoint=true")
+    config = load_config(run_dir / "config.yaml")
     prepared = open_prepared(config.data)
-    tokenizer = load_tokenizer(str(prepared.tokenizer_path))
-    prompt_ids = tokenizer.encode(args.prompt).ids
-    if not prompt_ids:
-        sys.exit("error: PROMPT is empty; give at least one character")
+    check_data(found, prepared, run_dir)
     device = torch.device("cpu")
     model = build_model(config.model, config.seed, device)
-    model.load_state_dict(dict(found.tensors["model"]))
+    state = dict(found.tensors["model"])
+    check_names(model.state_dict(), state)
+    model.load_state_dict(state)
     memory = build_memory(config, prepared, device)
     for layer, table in memory.tables.items():
         table.load_state_shards(dict(found.tensors[f"table_{layer}"]))
+    if "average" in found.tensors:
+        average = WeightAverage(model, memory.tables, config.train.ema_decay, config.train.max_steps)
+        average.load_state_tensors(found.tensors["average"], found.step)
+        average.replace_weights()
+    return model, memory, prepared
+
+
+def main(arguments: list[str]) -> int:
+    """Load the run's newest checkpoint and print the continuation; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m train.generate", description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of a run that kept its last checkpoint")
+    parser.add_argument("prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    try:
+        if not 0 <= args.temperature < float("inf"):
+            raise ValueError(f"--temperature={args.temperature} must be >= 0 and finite; 0 takes the most likely token")
+        if args.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens={args.max_new_tokens} must be >= 1; nearest: 1")
+        model, memory, prepared = load(args.run)
+        tokenizer = load_tokenizer(str(prepared.tokenizer_path))
+        prompt_ids = tokenizer.encode(args.prompt).ids
+        if not prompt_ids:
+            raise ValueError("PROMPT is empty; give at least one character")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     new = generate(model, memory, prompt_ids, args.max_new_tokens, args.temperature, prepared.eos_id, args.seed)
     print(args.prompt + tokenizer.decode(new))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

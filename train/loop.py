@@ -1,6 +1,5 @@
 """The training loop: one function, read top to bottom."""
 
-import math
 import os
 import platform
 import signal
@@ -14,18 +13,20 @@ import torch
 
 from models.accounting import count_parameters, flops_per_token
 from models.loss import cross_entropy
-from train import checkpoint
 from train.build import Memory, build_engine, build_memory, forward
 from train.data import Batch, TrainBatches, check_fits, validation_batches
 from train.ema import WeightAverage
 from train.engine import Engine
 from train.evaluate import Evaluation, evaluate
+from train.finite import check_finite
+from train.identity import to_plain
 from train.metrics import Recorder, peak_flops
 from train.prepare import prepare
 from train.progress import Progress
 from train.run_folder import RunFolder, write_json
 from train.schedule import lr_scale
 from train.shards import PreparedData
+from train.snapshot import resume, save
 from train.statistics import StepStatistics
 
 if TYPE_CHECKING:
@@ -57,10 +58,6 @@ class TrainConfig:
             raise ValueError(f"train.ema_decay={self.ema_decay} must lie in [0, 1); 0 switches it off, 0.99 is usual")
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient norm is not a number; raised before the step, so weights are still good."""
-
-
 class Stopped(Exception):
     """The run was asked to stop (SIGTERM or SIGINT), saved a checkpoint, and can be started again."""
 
@@ -72,13 +69,13 @@ def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
         The result record, also written to `result.json`.
 
     Raises:
-        ValueError: for settings that do not fit the data, and damaged data or checkpoints.
+        ValueError: for settings that do not fit the data, damaged data or checkpoints, a checkpoint of other data.
         NonFiniteLossError: before the step that would have spoilt the weights.
         Stopped: after a signal; everything up to the last step is saved.
     """
     started = time.time()
     cfg, max_steps = config.train, config.train.max_steps
-    folder.status("starting", 0, max_steps)
+    folder.status("starting", folder.step, max_steps)
     torch.set_num_threads(config.engine.num_threads)
     torch.manual_seed(config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -90,13 +87,15 @@ def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
     engine = build_engine(config, memory, device)
     write_json(folder.path / "ds_config.json", engine.ds_config)
     average = WeightAverage(engine.model, memory.tables, cfg.ema_decay, max_steps) if cfg.ema_decay else None
-    first_step, seconds_before = _resume(folder, engine, memory, average)
+    first_step, state = resume(folder, prepared, engine, memory, average)
+    folder.step = first_step
     statistics = StepStatistics(config.model, peak_flops(device, config.engine.precision.value))
     stop = _stop_on_signal()
-    training_start = time.perf_counter()
+    training_start = time.perf_counter() - state.train_seconds
+    settings = to_plain(config) | {"identity": identity}
 
     with (
-        Recorder(folder.metrics, config.log, identity[:12], {"identity": identity}, first_step) as recorder,
+        Recorder(folder.metrics, config.log, identity[:12], settings, first_step) as recorder,
         Progress(config.log.progress, folder.path.name, first_step, max_steps) as progress,
     ):
         for step in range(first_step, max_steps):
@@ -109,8 +108,8 @@ def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
                 output = engine.forward(micro_batch.token_ids, micro_batch.document_ids, rows)
                 micro_nats, _ = cross_entropy(output.logits, micro_batch.targets)
                 loss = micro_nats / num_targets + sum(output.aux_losses.values()) / len(micro_batches)
+                check_finite("loss", loss.detach().item())
                 nats += micro_nats.detach().item()
-                _stop_if_not_finite("loss", nats, step)
                 engine.backward(loss, row_ids, rows)
                 if output.stats.expert_counts is not None:
                     counts = output.stats.expert_counts
@@ -120,19 +119,19 @@ def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
                 average.before_step()
             scale = lr_scale(config.schedule, step, max_steps)
             report = engine.step(scale)
-            _stop_if_not_finite("gradient norm", report.grad_norm, step)
             if expert_counts is not None:
                 engine.model.update_expert_bias(expert_counts)
             if average is not None:
                 average.after_step()
 
-            done = step + 1
+            done = folder.step = step + 1
+            state.train_loss = nats / num_targets
             statistics.add(num_tokens=cfg.global_batch_tokens)
             if done % config.log.interval == 0 or done == max_steps:
                 recorder.record(
                     done,
                     {
-                        "train/loss": nats / num_targets,
+                        "train/loss": state.train_loss,
                         **{f"train/{name}": float(value.detach()) for name, value in output.aux_losses.items()},
                         "train/tokens": done * cfg.global_batch_tokens,
                         "train/epoch": batches.epoch(step),
@@ -144,38 +143,39 @@ def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
                     },
                 )
                 folder.status("running", done, max_steps)
-            progress.update(done, nats / num_targets)
+            progress.update(done, state.train_loss)
             if cfg.eval_interval and done % cfg.eval_interval == 0 and done < max_steps:
                 evaluation = _evaluate(config, engine, memory, average, prepared, device)
                 recorder.record(done, {"val/loss": evaluation.loss, "val/bits_per_byte": evaluation.bits_per_byte})
                 statistics.restart_clock()
             stopping = stop.is_set()
             if stopping or (cfg.checkpoint_interval and done % cfg.checkpoint_interval == 0 and done < max_steps):
-                seconds = seconds_before + time.perf_counter() - training_start
-                _save(folder, done, seconds, cfg.keep_checkpoints, engine, memory, average)
+                state.train_seconds = time.perf_counter() - training_start
+                recorder.sync()  # a checkpoint never knows more steps than the metrics
+                save(folder, done, state, cfg.keep_checkpoints, engine, memory, average)
                 statistics.restart_clock()
             if stopping and done < max_steps:
                 folder.status("stopped", done, max_steps, "stopped by a signal; start it again to go on")
                 raise Stopped(f"stopped at step {done} of {max_steps}; the same command goes on from there")
 
-        train_seconds = seconds_before + time.perf_counter() - training_start
+        state.train_seconds = time.perf_counter() - training_start
         evaluation = _evaluate(config, engine, memory, average, prepared, device)
         recorder.record(max_steps, {"val/loss": evaluation.loss, "val/bits_per_byte": evaluation.bits_per_byte})
     if cfg.final_checkpoint:
-        _save(folder, max_steps, train_seconds, cfg.keep_checkpoints, engine, memory, average)
+        save(folder, max_steps, state, cfg.keep_checkpoints, engine, memory, average)
     result = {
         "identity": identity,
         "val_loss": evaluation.loss,
         "val_bits_per_byte": evaluation.bits_per_byte,
         "val_tokens": evaluation.tokens,
-        "train_loss": nats / num_targets if first_step < max_steps else math.nan,
+        "train_loss": state.train_loss,
         "steps": max_steps,
         "tokens": max_steps * cfg.global_batch_tokens,
         "epochs": batches.epochs_needed(max_steps),
         "parameters": count_parameters(config.model).to_dict(),
         "flops_per_token": flops_per_token(config.model).to_dict(),
-        "train_seconds": train_seconds,
-        "tokens_per_second": max_steps * cfg.global_batch_tokens / train_seconds,
+        "train_seconds": state.train_seconds,
+        "tokens_per_second": max_steps * cfg.global_batch_tokens / state.train_seconds,
         "wall_seconds": time.time() - started,
         "mfu_convention": statistics.convention,
         "data_fingerprint": prepared.fingerprint,
@@ -212,14 +212,6 @@ def _micro_batches(batch: Batch, size: int, device: torch.device) -> tuple[list[
     return [Batch(*(tensor.to(device) for tensor in part)) for part in parts], num_targets
 
 
-def _stop_if_not_finite(what: str, value: float, step: int) -> None:
-    if not math.isfinite(value):
-        raise NonFiniteLossError(
-            f"{what} is {value} at step {step + 1}: stopped before the weights are saved. Lower optim.lr, lengthen "
-            "schedule.warmup_steps, or lower optim.grad_clip; the last checkpoint is intact"
-        )
-
-
 def _stop_on_signal() -> threading.Event:
     """An event that SIGTERM and SIGINT set, so that a run ends between two steps with a checkpoint."""
     stop = threading.Event()
@@ -253,47 +245,3 @@ def _evaluate(
 
     with average.applied():
         return evaluate(averaged, windows(), prepared.bytes_per_token_val)
-
-
-def _save(
-    folder: RunFolder,
-    step: int,
-    seconds: float,
-    keep: int,
-    engine: Engine,
-    memory: Memory,
-    average: WeightAverage | None,
-) -> None:
-    tensors: dict[str, dict[str, torch.Tensor]] = {
-        "model": {},
-        "optim": {},
-        "extra": {"rng.cpu": torch.get_rng_state()},
-    }
-    for name, tensor in engine.state_tensors().items():
-        stem, rest = name.split(".", 1)
-        tensors[stem][rest] = tensor
-    for layer, table in memory.tables.items():
-        tensors[f"table_{layer}"] = table.state_shards()
-    if torch.cuda.is_available():
-        tensors["extra"]["rng.cuda"] = torch.cuda.get_rng_state()
-    if average is not None:
-        tensors["average"] = average.state_tensors()
-    checkpoint.save(folder.checkpoints, checkpoint.Checkpoint(step, tensors, {"train_seconds": seconds}), keep)
-
-
-def _resume(folder: RunFolder, engine: Engine, memory: Memory, average: WeightAverage | None) -> tuple[int, float]:
-    """Load the newest checkpoint into the live objects; (step to go on from, training seconds so far)."""
-    found = checkpoint.load_latest(folder.checkpoints)
-    if found is None:
-        return 0, 0.0
-    engine.load_state_tensors(
-        {f"{stem}.{name}": tensor for stem in ("model", "optim") for name, tensor in found.tensors[stem].items()}
-    )
-    for layer, table in memory.tables.items():
-        table.load_state_shards(dict(found.tensors[f"table_{layer}"]))
-    if average is not None:
-        average.load_state_tensors(found.tensors["average"], found.step)
-    torch.set_rng_state(found.tensors["extra"]["rng.cpu"])
-    if "rng.cuda" in found.tensors["extra"]:
-        torch.cuda.set_rng_state(found.tensors["extra"]["rng.cuda"])
-    return found.step, found.state["train_seconds"]

@@ -37,6 +37,10 @@ class LogConfig:
     interval: int = 10  # steps between records
     progress: bool = True  # progress bar on a terminal
 
+    def __post_init__(self) -> None:
+        if self.interval < 1:
+            raise ValueError(f"log.interval={self.interval} must be >= 1; nearest: 1")
+
 
 # Dense bf16 peak of one device, FLOP/s without sparsity (vendors' data sheets).
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
@@ -67,17 +71,20 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
 class Recorder:
     """Appends records to `metrics.jsonl` and forwards their scalars to the dashboards that are switched on.
 
-    On resume the file is cut back to the checkpoint's step, so that no step stands in it twice.
+    On resume the file is cut back to the checkpoint's step, and a validation that stands in it already is not written
+    again, so that no record stands in it twice.
     """
 
     def __init__(self, path: Path, cfg: LogConfig, run_id: str, config: dict[str, Any], resume_step: int) -> None:
-        _cut_back(path, resume_step)
+        self._validated = {record["step"] for record in _cut_back(path, resume_step) if "val/loss" in record}
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (lives as long as the recorder)
         self._tensorboard = _open_tensorboard(path.parent, resume_step) if cfg.tensorboard else None
         self._wandb = _open_wandb(path.parent, cfg, run_id, config)
 
     def record(self, step: int, values: dict[str, Any]) -> None:
         """Write one record; `step` counts applied optimizer steps. Values are numbers or lists of numbers."""
+        if "val/loss" in values and step in self._validated:
+            return
         self._file.write(json.dumps({"schema_version": SCHEMA_VERSION, "step": step, **values}) + "\n")
         self._file.flush()
         scalars = {key: value for key, value in values.items() if isinstance(value, int | float)}
@@ -93,10 +100,14 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Flush everything to disk."""
+    def sync(self) -> None:
+        """Bring all records to disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Bring everything to disk and end the dashboards."""
+        self.sync()
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -115,9 +126,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _cut_back(path: Path, step: int) -> None:
+def _cut_back(path: Path, step: int) -> list[dict[str, Any]]:
+    """Remove the records after `step`; the others."""
     kept = [record for record in read_metrics(path) if record["step"] <= step]
     atomic_write(path, "".join(json.dumps(record) + "\n" for record in kept))
+    return kept
 
 
 def _open_tensorboard(folder: Path, resume_step: int) -> Any:
@@ -136,8 +149,11 @@ def _has_wandb_key() -> bool:
         return False
 
 
+_WANDB_SECONDS = 15.0  # for the server's answer at the start; wandb's own limit is 90
+
+
 def _open_wandb(folder: Path, cfg: LogConfig, run_id: str, config: dict[str, Any]) -> Any:
-    """A wandb run, offline where no key is configured or the server cannot be reached; None when disabled."""
+    """A wandb run, offline where no key is configured or the server cannot be reached; None where that fails too."""
     if cfg.wandb is WandbMode.disabled:
         return None
     import wandb
@@ -145,18 +161,30 @@ def _open_wandb(folder: Path, cfg: LogConfig, run_id: str, config: dict[str, Any
     mode = cfg.wandb.value
     if cfg.wandb is WandbMode.auto:
         mode = "online" if _has_wandb_key() else "offline"
-    settings = {
+    options: dict[str, Any] = {
         "project": cfg.wandb_project,
         "group": cfg.group or None,
         "id": run_id,
         "dir": str(folder),
         "config": config,
+        "settings": wandb.Settings(init_timeout=_WANDB_SECONDS),
     }
+    if mode == "online":
+        try:
+            return wandb.init(mode="online", resume="allow", **options)
+        except wandb.errors.Error as error:
+            print(
+                f"wandb is not reachable ({_first_line(error)}); logging offline: "
+                f"`wandb sync {folder}/wandb/offline-run-*` later",
+                flush=True,
+            )
+            wandb.teardown()  # the failed start still holds the run's id
     try:
-        return wandb.init(mode=mode, resume="allow" if mode == "online" else None, **settings)  # type: ignore[arg-type]
+        return wandb.init(mode="offline", **options)
     except wandb.errors.Error as error:
-        print(
-            f"wandb is not reachable ({error}); logging offline: `wandb sync {folder}/wandb/offline-run-*` later",
-            flush=True,
-        )
-        return wandb.init(mode="offline", **settings)  # type: ignore[arg-type]
+        print(f"wandb is switched off: it does not work offline either ({_first_line(error)})", flush=True)
+        return None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -33,6 +33,7 @@ from train.shards import (
     SPLITS,
     TOKENIZER,
     DataError,
+    NotPreparedError,
     PreparedData,
     ShardWriter,
     open_folder,
@@ -80,11 +81,12 @@ def open_prepared(cfg: DataConfig) -> PreparedData:
     """Open the prepared data of `cfg` without preparing.
 
     Raises:
-        DataError: Not prepared yet, altered, or of another fingerprint than `cfg.fingerprint`.
+        NotPreparedError: Not prepared yet.
+        DataError: Altered, or of another fingerprint than `cfg.fingerprint`.
     """
     folder = _indexed_folder(Path(cfg.root), _request_key(cfg))
     if folder is None:
-        raise DataError(
+        raise NotPreparedError(
             f"data.root={cfg.root} holds no data prepared with these settings; run python -m scripts.prepare_data"
         )
     return _open_checked(folder, cfg)

@@ -1,66 +1,76 @@
 """Train one model: `python -m train.pretrain model=tiny data=python train.max_steps=400`.
 
+Settings are given as name=value; all of them, with their defaults, stand in `train/config.py` and the files it imports.
 Exit codes: 0 finished, 2 wrong settings or data, 3 a non-finite loss, 75 stopped by a signal and resumable.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
-import hydra
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
-
 from train.allocator import keep_freed_memory
-from train.config import config_hash, from_dictconfig, register_schema, resolve, to_yaml, validate
+from train.config import Config, compose_config, config_hash, resolve, to_yaml, validate
 
 EXIT_SETTINGS, EXIT_NOT_FINITE, EXIT_STOPPED = 2, 3, 75  # 75: EX_TEMPFAIL of sysexits.h, "try again"
 
-register_schema()
 
+def main(arguments: list[str]) -> int:
+    """Compose, check, train; the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.pretrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-path", "-cp", type=Path, help="folder of the configuration, e.g. of an earlier run")
+    parser.add_argument("--config-name", "-cn", default="train", help="file name there; default: %(default)s")
+    parser.add_argument("overrides", nargs="*", metavar="name=value")
+    args = parser.parse_intermixed_args(arguments)
 
-@hydra.main(config_path="../conf", config_name="train", version_base="1.3")
-def main(composed: DictConfig) -> None:
-    """Compose, check, train."""
     keep_freed_memory()
     try:
-        config = resolve(from_dictconfig(composed))
+        config = resolve(compose_config(args.config_path, args.config_name, args.overrides))
         validate(config)
-        identity = config_hash(config)
-    except (ValueError, OmegaConfBaseException) as error:
-        sys.exit(_report(error, EXIT_SETTINGS))
+    except ValueError as error:
+        return _report(error, EXIT_SETTINGS)
+    return run(config)
 
-    from train.loop import NonFiniteLossError, Stopped, train
+
+def run(config: Config) -> int:
+    """Train what `config` describes, or say that it is done; the exit code."""
+    from train.finite import NonFiniteLossError
+    from train.loop import Stopped, train
     from train.run_folder import RunFolder
 
+    identity = config_hash(config)
+    max_steps = config.train.max_steps
     try:
         with RunFolder(Path(config.run_dir), to_yaml(config), identity) as folder:
             finished = folder.result()
             if finished is not None:
                 print(f"{folder.path} is finished: validation loss {finished['val_loss']:.4f}")
-                return
+                return 0
             try:
                 result = train(config, folder, identity)
             except BaseException as error:
                 if not isinstance(error, Stopped):
-                    folder.status("failed", 0, config.train.max_steps, f"{type(error).__name__}: {error}")
+                    folder.status("failed", folder.step, max_steps, f"{type(error).__name__}: {error}")
+                if isinstance(error, NonFiniteLossError):
+                    return _report(f"after step {folder.step} of {max_steps}: {error}", EXIT_NOT_FINITE)
                 raise
             print(
                 f"validation loss {result['val_loss']:.4f} nats, {result['val_bits_per_byte']:.4f} bits per byte; "
                 f"{result['tokens_per_second']:.0f} tokens/s; {folder.path}"
             )
+            return 0
     except Stopped as stopped:
         print(stopped)
-        sys.exit(EXIT_STOPPED)
-    except NonFiniteLossError as error:
-        sys.exit(_report(error, EXIT_NOT_FINITE))
+        return EXIT_STOPPED
     except (ValueError, OSError) as error:
-        sys.exit(_report(error, EXIT_SETTINGS))
+        return _report(error, EXIT_SETTINGS)
 
 
-def _report(error: BaseException, code: int) -> int:
+def _report(error: BaseException | str, code: int) -> int:
     print(f"error: {error}", file=sys.stderr)
     return code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

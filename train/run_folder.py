@@ -12,11 +12,15 @@ lock             held while a process trains here
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
+
+from train.identity import differing_settings, identity_settings
 
 SCHEMA_VERSION = 1  # of every file in a run's folder
 
@@ -44,7 +48,12 @@ def atomic_write(path: Path, text: str) -> None:
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Atomically write `record` with the schema version."""
-    atomic_write(path, json.dumps({"schema_version": SCHEMA_VERSION, **record}, indent=1) + "\n")
+    atomic_write(path, json.dumps({"schema_version": SCHEMA_VERSION, **record}, indent=1, allow_nan=False) + "\n")
+
+
+def _first(changes: list[str], count: int = 6) -> str:
+    more = f"; and {len(changes) - count} more" if len(changes) > count else ""
+    return "; ".join(changes[:count]) + more
 
 
 class RunFolder:
@@ -54,21 +63,31 @@ class RunFolder:
         path: the folder; made if absent.
         config_yaml: resolved configuration of the run that wants it.
         identity: hash of what defines the run (see `train.config.config_hash`).
+
+    Attributes:
+        step: last applied optimizer step, also of earlier starts.
     """
 
     def __init__(self, path: Path, config_yaml: str, identity: str) -> None:
         self.path = path
         self.config_yaml = config_yaml
         self.identity = identity
+        self.step = 0
         self._lock = FileLock(path / "lock")
 
     def __enter__(self) -> "RunFolder":
         """Take the folder.
 
         Raises:
-            OccupiedRunFolderError: if a live process holds it, or it holds a run of another configuration.
+            OccupiedRunFolderError: if a live process holds it, it holds a run of another configuration, or the path
+                is no folder.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise OccupiedRunFolderError(
+                f"run_dir={self.path} is a file, or lies below one; choose another run_dir, e.g. runs/train"
+            ) from error
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -86,20 +105,30 @@ class RunFolder:
         self._lock.release()
 
     def _claim(self) -> None:
-        identity_file = self.path / "identity.json"
-        if identity_file.exists():
-            held = json.loads(identity_file.read_text())["identity"]
-            if held != self.identity:
-                raise OccupiedRunFolderError(
-                    f"run_dir={self.path} holds a run of another configuration (identity {held[:12]}, wanted "
-                    f"{self.identity[:12]}); choose another run_dir, or remove that folder"
-                )
-        elif any(self.path.glob("checkpoints/step_*")):
+        """Refuse a folder with something of another run in it; take over one of a start that got nowhere."""
+        held = self._read("identity.json").get("identity")
+        if held != self.identity and self._holds_something():
+            was = yaml.safe_load((self.path / "config.yaml").read_text()) if held else {}
+            changes = differing_settings(identity_settings(was), identity_settings(yaml.safe_load(self.config_yaml)))
             raise OccupiedRunFolderError(
-                f"run_dir={self.path} holds checkpoints of an unknown run; choose another run_dir"
+                f"run_dir={self.path} holds a run of another configuration "
+                f"({_first(changes) if held else 'an unknown one'}); choose another run_dir, or remove that folder"
             )
+        for leftover in [*self.path.glob(".*.tmp"), *self.checkpoints.glob(".step_*.tmp")]:  # of killed processes
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        self.step = self._read("status.json").get("step", 0) if held == self.identity else 0
         atomic_write(self.path / "config.yaml", self.config_yaml)
-        write_json(identity_file, {"identity": self.identity})
+        write_json(self.path / "identity.json", {"identity": self.identity})
+
+    def _holds_something(self) -> bool:
+        """Whether anything was computed here: a checkpoint, a metrics record or a result."""
+        recorded = self.metrics.exists() and self.metrics.stat().st_size > 0
+        return recorded or (self.path / "result.json").exists() or any(self.checkpoints.glob("step_*"))
+
+    def _read(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        return record
 
     @property
     def checkpoints(self) -> Path:

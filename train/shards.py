@@ -33,6 +33,10 @@ class DataError(ValueError):
     """Something about the data that its user can mend; the message names what, the rule and the remedy."""
 
 
+class NotPreparedError(DataError):
+    """Nothing has been prepared with these settings yet; `prepare` would do it."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """One token file of a split."""
