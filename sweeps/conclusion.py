@@ -130,7 +130,9 @@ def _unseen(fit: AllocationFit) -> list[str]:
     """What this sweep cannot show."""
     unseen = []
     if not any(gain.kind in CONTROLS for gain in fit.gains):
-        unseen.append("whether the memory itself helps, since no control finished")
+        unseen.append(
+            "whether the memory itself helps: no control can be compared (that takes finished controls and two paired seeds)"
+        )
     if not any(gain.kind == "lr" for gain in fit.gains):
         unseen.append("other learning rates, at which the gain may change its sign")
     if fit.noise.num_seeds < 4:
