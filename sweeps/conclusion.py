@@ -131,7 +131,7 @@ def _unseen(fit: AllocationFit) -> list[str]:
     unseen = []
     if not any(gain.kind in CONTROLS for gain in fit.gains):
         unseen.append(
-            "whether the memory itself helps: no control can be compared (that takes finished controls and two paired seeds)"
+            "whether the memory itself helps: no control can be compared (it takes finished ones and two paired seeds)"
         )
     if not any(gain.kind == "lr" for gain in fit.gains):
         unseen.append("other learning rates, at which the gain may change its sign")
