@@ -113,36 +113,6 @@ MATERIALIZE_UP_TO = 512
 QUERY_BLOCK = 128
 
 
-def masked_softmax(scores: Tensor, bias: Tensor, start: int) -> Tensor:
-    """softmax(scores + bias), without a graph; `scores` is used up.
-
-    Args:
-        scores: (B * H_kv, G * block, end): G query heads of one key head, positions start .. start + block.
-        bias: (B, 1, S, S) in the type of `scores`.
-        start: first position of the block.
-
-    Returns:
-        Like `scores`.
-    """
-    batch, _, seq_len, _ = bias.shape
-    groups, rows, end = scores.shape
-    block = end - start
-    if native.available(scores) and bias.is_contiguous():
-        native.call("masked_softmax", groups, groups // batch, rows, block, start, end, seq_len, bias, scores)
-        return scores
-    by_head = scores.view(batch, -1, block, end)  # (B, H, block, end)
-    return by_head.add_(bias[:, :, start:end, :end]).softmax(-1).view_as(scores)
-
-
-def softmax_backward(grad: Tensor, probabilities: Tensor) -> Tensor:
-    """Gradient through a softmax with result p: p * (grad - sum(p * grad)) over the last axis; `grad` is used up."""
-    if native.available(grad):
-        width = grad.shape[-1]
-        native.call("softmax_backward", grad.numel() // width, width, probabilities, grad)
-        return grad
-    return torch.ops.aten._softmax_backward_data(grad, probabilities, -1, probabilities.dtype)
-
-
 class _MaterializedAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(C) + bias) v by plain batched matmuls, keeping the probabilities.
 
@@ -162,7 +132,8 @@ class _MaterializedAttention(torch.autograd.Function):
             end = min(start + QUERY_BLOCK, seq_len)
             block = query[:, :, start:end].reshape(batch * num_kv_heads, -1, width)  # (B * H_kv, G * block, C)
             scores = torch.bmm(block, key[:, :end].transpose(1, 2))  # (B * H_kv, G * block, end)
-            probabilities = masked_softmax(scores, bias, start)
+            by_head = scores.view(batch, num_heads, end - start, end)
+            probabilities = by_head.add_(bias[:, :, start:end, :end]).softmax(-1).view_as(scores)
             out[:, :, start:end] = torch.bmm(probabilities, value[:, :end]).view(out[:, :, start:end].shape)
             saved += [block, probabilities]
         ctx.save_for_backward(key, value, *saved)
@@ -181,12 +152,36 @@ class _MaterializedAttention(torch.autograd.Function):
             block, probabilities = saved[2 * index : 2 * index + 2]
             grad_block = grad[:, :, start:end].reshape(block.shape)
             grad_value[:, :end] += torch.bmm(probabilities.transpose(1, 2), grad_block)
-            grad_scores = softmax_backward(torch.bmm(grad_block, value[:, :end].transpose(1, 2)), probabilities)
+            grad_probabilities = torch.bmm(grad_block, value[:, :end].transpose(1, 2))
+            grad_scores = torch.ops.aten._softmax_backward_data(
+                grad_probabilities, probabilities, -1, probabilities.dtype
+            )
             grad_key[:, :end] += torch.bmm(grad_scores.transpose(1, 2), block)
             grad_query[:, :, start:end] = torch.bmm(grad_scores, key[:, :end]).view(grad[:, :, start:end].shape)
         kv_shape = (batch, num_kv_heads, seq_len, width)
         grad_query = grad_query.div_(math.sqrt(width)).view(batch, num_heads, seq_len, width)
         return grad_query, grad_key.view(kv_shape), grad_value.view(kv_shape), None
+
+
+class _NativeAttention(torch.autograd.Function):
+    """The same in one C kernel (models/native/attention.c), which keeps one number per query instead."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        inputs = tuple(tensor.contiguous() for tensor in (query, key, value, bias))
+        batch, num_heads, seq_len, width = query.shape
+        ctx.sizes = (batch, num_heads, key.shape[1], seq_len, width)
+        out = query.new_empty(batch, seq_len, num_heads, width)
+        log_sum_exp = torch.empty(batch, num_heads, seq_len, dtype=torch.float32)
+        native.call("attention_forward", *ctx.sizes, *inputs, out, log_sum_exp)
+        ctx.save_for_backward(*inputs, log_sum_exp)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        results = [torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]]
+        native.call("attention_backward", *ctx.sizes, *ctx.saved_tensors, grads[0].contiguous(), *results)
+        return *results, None
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
@@ -199,13 +194,16 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) ->
         bias: (B, 1, S, S) from `attention_bias`; it must be causal.
 
     Returns:
-        (B, H, S, C).
+        (B, S, H, C).
     """
     bias = bias.to(query.dtype)
+    if query.dtype == torch.bfloat16 and native.matrices_available(query):
+        return _NativeAttention.apply(query, key, value, bias)
     if query.device.type == "cpu" and query.shape[2] <= MATERIALIZE_UP_TO:
-        return _MaterializedAttention.apply(query, key, value, bias)
+        return _MaterializedAttention.apply(query, key, value, bias).transpose(1, 2)
     enable_gqa = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=enable_gqa)
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=enable_gqa)
+    return attended.transpose(1, 2)
 
 
 class _SplitHeads(torch.autograd.Function):
@@ -273,8 +271,8 @@ class Attention(nn.Module):
         batch, seq_len, _ = x.shape
         heads = self.qkv(x).view(batch, seq_len, -1, self.cfg.head_dim)  # (B, S, H + 2 H_kv, C)
         query, key, value = self._split(heads)
-        attended = masked_attention(query, key, value, bias)  # (B, H, S, C)
-        return self.output(attended.transpose(1, 2).flatten(2))  # (B, S, D)
+        attended = masked_attention(query, key, value, bias)  # (B, S, H, C)
+        return self.output(attended.flatten(2))  # (B, S, D)
 
     def _split(self, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normed and turned queries (B, H, S, C) and keys (B, H_kv, S, C), and values like the keys."""

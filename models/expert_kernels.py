@@ -1,6 +1,6 @@
-"""The routed experts' SwiGLU over grouped tokens, three ways. `swiglu_loop` is the definition of the others.
+"""The routed experts' SwiGLU over grouped tokens, four ways. `swiglu_loop` is the definition of the others.
 
-All three compute, for every row r of expert e with gate value w_r,
+All compute, for every row r of expert e with gate value w_r,
 
     y_r = w_r * down_e( silu(gate_e(x_r)) * up_e(x_r) ).
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models import native
 from models.feed_forward import silu_mul, swiglu_hidden, swiglu_hidden_backward
 
 
@@ -133,3 +134,41 @@ def swiglu_padded(
         (rows, D).
     """
     return _SwigluPadded.apply(tokens, weights, gate_up, down, order, buckets)
+
+
+class _SwigluNative(torch.autograd.Function):
+    """Keeps only its inputs; the backward pass computes the hidden layer again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        inputs = (x.contiguous(), expert_ids.contiguous(), weights.contiguous(), gate_up, down)
+        ctx.save_for_backward(*inputs)
+        ctx.sizes = (*weights.shape, *down.shape[:1], *x.shape[1:], *down.shape[1:2])  # T, K, E, D, F
+        out = torch.zeros(x.shape, dtype=torch.float32)
+        native.call("experts_forward", *ctx.sizes, *inputs, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        x, _, weights, gate_up, down = inputs
+        grad_x = torch.zeros(x.shape, dtype=torch.float32)
+        results = (grad_x, *(torch.empty_like(tensor) for tensor in (weights, gate_up, down)))
+        native.call("experts_backward", *ctx.sizes, *inputs, grads[0].to(x.dtype).contiguous(), *results)
+        return grad_x.to(x.dtype), None, *results[1:]
+
+
+def swiglu_native(x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Dispatch, experts and combine in one C kernel (models/native/experts.c).
+
+    Args:
+        x: (T, D) bf16.
+        expert_ids: (T, K) int64.
+        weights: (T, K) fp32 gate values.
+        gate_up: (E, D, 2F) fp32; rounded to bf16 inside the kernel, its gradient is fp32.
+        down: (E, F, D) fp32, likewise.
+
+    Returns:
+        (T, D) fp32, the sum over k of weights[t, k] * expert expert_ids[t, k] of x_t.
+    """
+    return _SwigluNative.apply(x, expert_ids, weights, gate_up, down)

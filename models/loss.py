@@ -1,9 +1,10 @@
-"""Token cross-entropy in nats, computed in fp32 from logits of any type."""
+"""Token cross-entropy in nats, computed in fp32 from logits of any type, and the output head with it in one pass."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from models import native
 
@@ -14,45 +15,17 @@ IGNORE_INDEX = -100
 CHUNK_ELEMENTS = 1 << 18
 
 
-def _log_sum_exp(logits: Tensor) -> Tensor:
-    """(T,) fp32 logsumexp over the last axis of logits (T, V)."""
-    rows, vocab_size = logits.shape
-    log_sum_exp = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    if native.available(logits):
-        native.call("log_sum_exp", rows, vocab_size, logits, log_sum_exp, log_sum_exp.new_empty(vocab_size))
-        return log_sum_exp
-    chunk = max(1, CHUNK_ELEMENTS // vocab_size)
-    buffer = log_sum_exp.new_empty(chunk, vocab_size)
-    for start in range(0, rows, chunk):
-        part = logits[start : start + chunk]
-        torch.logsumexp(buffer[: part.shape[0]].copy_(part), -1, out=log_sum_exp[start : start + chunk])
-    return log_sum_exp
-
-
-def _grad_logits(logits: Tensor, log_sum_exp: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-    """(T, V) scale * (exp(logits - log_sum_exp) - one-hot(targets)), in the type of `logits`; scale is (T,) fp32."""
-    rows, vocab_size = logits.shape
-    grad_logits = torch.empty_like(logits)
-    if native.available(logits):
-        native.call("cross_entropy_backward", rows, vocab_size, logits, targets, log_sum_exp, scale, grad_logits)
-        return grad_logits
-    chunk = max(1, CHUNK_ELEMENTS // vocab_size)
-    buffer = log_sum_exp.new_empty(chunk, vocab_size)
-    for start in range(0, rows, chunk):
-        part = slice(start, min(start + chunk, rows))
-        softmax = buffer[: part.stop - start].copy_(logits[part]).sub_(log_sum_exp[part, None]).exp_()
-        softmax.scatter_add_(1, targets[part, None], softmax.new_full((softmax.shape[0], 1), -1.0))
-        grad_logits[part] = softmax.mul_(scale[part, None])
-    return grad_logits
-
-
 class _CrossEntropySum(torch.autograd.Function):
     """Sum of log-sum-exp minus target logit. Keeps the logits and one number per row; softmax is recomputed."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        logits = logits.contiguous()
-        log_sum_exp = _log_sum_exp(logits)
+        log_sum_exp = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+        chunk = max(1, CHUNK_ELEMENTS // logits.shape[1])
+        buffer = log_sum_exp.new_empty(chunk, logits.shape[1])
+        for start in range(0, len(logits), chunk):
+            part = logits[start : start + chunk]
+            torch.logsumexp(buffer[: len(part)].copy_(part), -1, out=log_sum_exp[start : start + chunk])
         valid = targets != IGNORE_INDEX
         safe_targets = targets.where(valid, 0)
         target_logits = logits.gather(1, safe_targets[:, None])[:, 0].float()
@@ -62,7 +35,16 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits, log_sum_exp, targets, valid = ctx.saved_tensors
-        return _grad_logits(logits, log_sum_exp, targets, grads[0].float() * valid), None
+        scale = grads[0].float() * valid  # (T,)
+        grad_logits = torch.empty_like(logits)
+        chunk = max(1, CHUNK_ELEMENTS // logits.shape[1])
+        buffer = log_sum_exp.new_empty(chunk, logits.shape[1])
+        for start in range(0, len(logits), chunk):
+            part = slice(start, min(start + chunk, len(logits)))
+            softmax = buffer[: part.stop - start].copy_(logits[part]).sub_(log_sum_exp[part, None]).exp_()
+            softmax.scatter_add_(1, targets[part, None], softmax.new_full((softmax.shape[0], 1), -1.0))
+            grad_logits[part] = softmax.mul_(scale[part, None])
+        return grad_logits, None
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,3 +61,42 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """
     nats = _CrossEntropySum.apply(logits.flatten(0, -2), targets.flatten())
     return nats, (targets != IGNORE_INDEX).sum()
+
+
+class _NativeLinearCrossEntropy(torch.autograd.Function):
+    """Keeps its inputs and one number per token; blocks of logits are computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        x, weight, targets = hidden.to(torch.bfloat16).contiguous(), weight.contiguous(), targets.contiguous()
+        ctx.sizes = (*x.shape, weight.shape[0])  # T, D, V
+        log_sum_exp, target_logit = torch.empty(2, x.shape[0], dtype=torch.float32)
+        native.call("head_forward", *ctx.sizes, x, weight, targets, log_sum_exp, target_logit)
+        ctx.save_for_backward(x, weight, targets, log_sum_exp)
+        ctx.hidden_dtype = hidden.dtype
+        return (log_sum_exp - target_logit).where(targets != IGNORE_INDEX, 0.0).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, targets, log_sum_exp = ctx.saved_tensors
+        scale = grads[0] * (targets != IGNORE_INDEX)  # (T,) fp32
+        grad_x, grad_weight = torch.zeros(x.shape, dtype=torch.float32), torch.empty_like(weight)
+        inputs = (x, weight, targets, log_sum_exp, scale)
+        native.call("head_backward", *ctx.sizes, *inputs, grad_x, grad_weight)
+        return grad_x.to(ctx.hidden_dtype), grad_weight, None
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum of `cross_entropy` over the logits hidden weight^T; a native kernel never holds all of them.
+
+    Args:
+        hidden: (..., D).
+        weight: (V, D).
+        targets: (...) int64, IGNORE_INDEX where nothing is to be predicted.
+
+    Returns:
+        Scalar fp32 sum in nats.
+    """
+    if weight.dtype == torch.float32 and native.matrices_available(hidden):
+        return _NativeLinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten())
+    return cross_entropy(F.linear(hidden, weight), targets)[0]

@@ -8,8 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.expert_kernels import Bucket, check_grouped_mm_widths, swiglu_grouped_mm, swiglu_loop, swiglu_padded
+from models import native
+from models.expert_kernels import (
+    Bucket,
+    check_grouped_mm_widths,
+    swiglu_grouped_mm,
+    swiglu_loop,
+    swiglu_native,
+    swiglu_padded,
+)
 from models.feed_forward import SwiGLU
+from models.precision import compute_dtype
 from models.router import Router, RouterConfig
 
 
@@ -17,7 +26,8 @@ class ExpertKernel(str, Enum):
     """How the routed experts are multiplied; all give the same function, at different speed."""
 
     loop = "loop"  # one matmul per expert: the definition
-    padded = "padded"  # batched matmuls over experts of similar load, each group padded to the fullest of them
+    padded = "padded"  # batched matmuls over experts of similar load, each group padded to the fullest of them; in bf16
+    # on a CPU with a matrix unit the native kernel instead (models/native/experts.c)
     grouped_mm = "grouped_mm"  # torch.nn.functional.grouped_mm
 
 
@@ -238,14 +248,19 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, MoEStats]:
         """Args: x (B, S, D). Returns: (B, S, D), and load, balance loss and entropy."""
         routing = self.router(x)
+        fused = self._fused(x)
         x = x.to(compute_dtype(x))
-        dispatched = self.dispatcher.dispatch(x.flatten(0, 1), routing.expert_ids, routing.weights)
-        routed = self.dispatcher.combine(self.experts(dispatched), dispatched).view_as(x)
+        tokens = x.flatten(0, 1)  # (T, D)
+        if fused:
+            gate_up, down = self.experts.gate_up, self.experts.down
+            routed = swiglu_native(tokens, routing.expert_ids, routing.weights, gate_up, down).view_as(x)
+        else:
+            dispatched = self.dispatcher.dispatch(tokens, routing.expert_ids, routing.weights)
+            routed = self.dispatcher.combine(self.experts(dispatched), dispatched).view_as(x)
         update = routed if self.shared_expert is None else routed + self.shared_expert(x)
         return update, MoEStats(routing.counts, routing.balance_loss, routing.entropy)
 
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type matmuls on `x` run in: autocast's where it is on, else that of `x`."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    def _fused(self, x: Tensor) -> bool:
+        """Whether one native kernel does dispatch, experts and combine: only where all three are the usual ones."""
+        is_local = isinstance(self.dispatcher, LocalDispatcher) and self.dispatcher.padded
+        return is_local and self.experts.gate_up.dtype == torch.float32 and native.matrices_available(x)

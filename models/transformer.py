@@ -12,8 +12,10 @@ from torch.utils.checkpoint import checkpoint
 from models.attention import Attention, AttentionConfig, attention_bias, attention_mask
 from models.engram import Engram, EngramConfig
 from models.feed_forward import SwiGLU
-from models.moe import MoE, MoEConfig, MoEStats, compute_dtype
+from models.loss import linear_cross_entropy
+from models.moe import MoE, MoEConfig, MoEStats
 from models.norm import RMSNorm
+from models.precision import compute_dtype
 from models.router import Router
 
 
@@ -100,9 +102,10 @@ class Stats:
 
 @dataclass
 class Output:
-    """Result of one forward pass."""
+    """Result of one forward pass: logits, or with targets the loss over them, for which logits need never be whole."""
 
-    logits: Tensor  # (B, S, V), in the type of the last matmul
+    logits: Tensor | None  # (B, S, V), in the type of the last matmul; None with targets
+    nats: Tensor | None  # scalar fp32, cross-entropy summed over the predicted targets; None without targets
     aux_losses: dict[str, Tensor]  # scalars, already times their coefficients, to be added to the loss
     stats: Stats
 
@@ -161,13 +164,20 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.head = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
 
-    def forward(self, token_ids: Tensor, document_ids: Tensor, memory_rows: dict[int, Tensor] | None = None) -> Output:
-        """Logits of the next token at every position.
+    def forward(
+        self,
+        token_ids: Tensor,
+        document_ids: Tensor,
+        memory_rows: dict[int, Tensor] | None = None,
+        targets: Tensor | None = None,
+    ) -> Output:
+        """Logits of the next token at every position, or their cross-entropy with `targets`.
 
         Args:
             token_ids: (B, S) int64, S <= seq_len.
             document_ids: (B, S) int64, equal within a document; nothing reads across documents.
             memory_rows: {layer: (B, S, R, M)} for exactly the Engram layers.
+            targets: (B, S) int64, the next token, or IGNORE_INDEX where nothing is to be predicted.
         """
         self._check_inputs(token_ids, memory_rows or {})
         memory_rows = memory_rows or {}
@@ -179,9 +189,11 @@ class Transformer(nn.Module):
             hidden = output.hidden
             outputs.append(output)
         weight = self.embedding.weight if self.head is None else self.head.weight
-        logits = F.linear(self.norm(hidden), weight)  # (B, S, V)
+        hidden = self.norm(hidden)
         aux_losses, stats = summarize(outputs)
-        return Output(logits, aux_losses, stats)
+        if targets is None:
+            return Output(F.linear(hidden, weight), None, aux_losses, stats)  # (B, S, V)
+        return Output(None, linear_cross_entropy(hidden, weight, targets), aux_losses, stats)
 
     def update_expert_bias(self, expert_counts: Tensor) -> None:
         """Moves the routers' biases; called once per applied step.

@@ -22,7 +22,7 @@ import torch
 
 from models.attention import AttentionConfig
 from models.engram import EngramConfig
-from models.loss import cross_entropy
+from models.loss import IGNORE_INDEX
 from models.memory_table import LocalTable, MemoryOptimConfig
 from models.moe import MoEConfig
 from models.ngram_hash import NgramHasher, num_rows
@@ -96,12 +96,11 @@ def our_step(precision: Precision, rows_per_head: int | None = None) -> Step:
             batch.token_ids = torch.randint(0, VOCAB, batch.token_ids.shape, generator=draw)
         row_ids = memory.row_ids(batch)
         rows = memory.lookup(row_ids)
-        output = engine.forward(batch.token_ids, batch.document_ids, rows)
-        nats, count = cross_entropy(output.logits, batch.targets)
-        loss = nats / count + sum(output.aux_losses.values())
+        output = engine.forward(batch.token_ids, batch.document_ids, rows, batch.targets)
+        assert output.nats is not None and output.stats.expert_counts is not None
+        loss = output.nats / (batch.targets != IGNORE_INDEX).sum() + sum(output.aux_losses.values())
         engine.backward(loss, row_ids, rows)
         engine.step(1.0)
-        assert output.stats.expert_counts is not None
         engine.model.update_expert_bias(output.stats.expert_counts)
         return float(loss.detach())
 

@@ -98,12 +98,14 @@ def test_cpu_path_equals_torch_in_output_and_gradients(shape, dtype, tolerance):
     exact = [torch.randn(batch, n, seq_len, width).to(dtype).float() for n in (heads, kv_heads, kv_heads)]
     mask = attention_mask(torch.randint(0, 3, (batch, seq_len)).sort(dim=1).values)
     bias = attention_bias(mask, torch.float64)
-    upstream = torch.randn(batch, heads, seq_len, width)
+    upstream = torch.randn(batch, seq_len, heads, width)
+
+    def definition(query, key, value, bias):
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True)
+        return attended.transpose(1, 2)
+
     results = []
-    for cast, function in (
-        (dtype, masked_attention),
-        (torch.float64, lambda *qkv: F.scaled_dot_product_attention(*qkv[:3], attn_mask=qkv[3], enable_gqa=True)),
-    ):
+    for cast, function in ((dtype, masked_attention), (torch.float64, definition)):
         inputs = [tensor.detach().clone().to(cast).requires_grad_() for tensor in exact]
         out = function(*inputs, bias)
         out.backward(upstream.to(cast))

@@ -9,7 +9,6 @@ from torch import Tensor
 from models.attention import AttentionConfig
 from models.engram import EngramConfig
 from models.initialize import initialize
-from models.loss import cross_entropy
 from models.memory_table import LocalTable, MemoryOptimConfig
 from models.moe import MoEConfig
 from models.ngram_hash import NgramHasher, num_rows
@@ -72,8 +71,7 @@ class Setup:
             piece = slice(part * 8 // accumulation, (part + 1) * 8 // accumulation)
             row_ids = self.hasher(ids[piece], documents[piece])
             rows = {1: self.table.lookup(row_ids[1])}
-            output = self.engine.forward(ids[piece], documents[piece], rows)
-            nats, _ = cross_entropy(output.logits, targets[piece])
+            nats = self.engine.forward(ids[piece], documents[piece], rows, targets[piece]).nats
             self.engine.backward(nats / targets.numel(), row_ids, rows)
             total += float(nats.detach())
         return total / targets.numel()

@@ -51,7 +51,8 @@ def test_generation_uses_the_averages(data_root: Path, tmp_path: Path) -> None:
 
     def loss() -> float:
         def forward(batch: Batch) -> Any:
-            return model(batch.token_ids, batch.document_ids, memory.lookup(memory.row_ids(batch)))
+            rows = memory.lookup(memory.row_ids(batch))
+            return model(batch.token_ids, batch.document_ids, rows, batch.targets)
 
         return evaluate.evaluate(forward, batches, prepared.bytes_per_token_val).loss
 

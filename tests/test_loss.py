@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from models import loss as loss_module
-from models.loss import IGNORE_INDEX, cross_entropy
+from models.loss import IGNORE_INDEX, cross_entropy, linear_cross_entropy
 from tests.tiny import relative_error
 
 
@@ -70,3 +70,12 @@ def test_ignored_rows_with_infinite_logits_do_not_spoil_the_rest():
 def test_uniform_logits_cost_log_v_nats():
     total, count = cross_entropy(torch.zeros(2, 3, 17), torch.zeros(2, 3, dtype=torch.int64))
     assert (total / count).item() == pytest.approx(math.log(17), rel=1e-6)
+
+
+def test_linear_cross_entropy_is_that_of_the_product():
+    hidden, weight = torch.randn(2, 9, 6, requires_grad=True), torch.randn(31, 6, requires_grad=True)
+    _, targets = random_case((2, 9), 31, torch.float32)
+    actual, (expected, _) = linear_cross_entropy(hidden, weight, targets), cross_entropy(hidden @ weight.t(), targets)
+    assert torch.equal(actual, expected)
+    for a, b in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (actual, expected)), strict=True):
+        assert torch.equal(a, b)

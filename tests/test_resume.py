@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from models import memory_table
+from models import memory_table, transformer
 from tests.tiny_run import VOCAB, final_tensors, make, run, without_clock
 from train import evaluate, loop, pretrain
 from train.config import load_config
@@ -54,7 +54,7 @@ def test_interrupted_equals_undisturbed(
     whole = run(make(data_root, tmp_path / "a", **changes))
 
     calls = 0
-    forward = loop.cross_entropy
+    forward = transformer.linear_cross_entropy
 
     def dies(*args: Any) -> Any:
         nonlocal calls
@@ -63,7 +63,7 @@ def test_interrupted_equals_undisturbed(
             raise Interrupt
         return forward(*args)
 
-    monkeypatch.setattr(loop, "cross_entropy", dies)
+    monkeypatch.setattr(transformer, "linear_cross_entropy", dies)
     with pytest.raises(Interrupt):
         run(make(data_root, tmp_path / "b", **changes))
     monkeypatch.undo()
@@ -123,16 +123,15 @@ def test_a_non_finite_loss_stops_before_the_step(
     data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = make(data_root, tmp_path / "run")
-    forward = loop.cross_entropy
+    forward = transformer.linear_cross_entropy
     calls = 0
 
     def explodes(*args: Any) -> Any:
         nonlocal calls
         calls += 1
-        nats, count = forward(*args)
-        return (nats * float("nan") if calls == 9 else nats), count  # first micro-batch of step 5
+        return forward(*args) * (float("nan") if calls == 9 else 1)  # first micro-batch of step 5
 
-    monkeypatch.setattr(loop, "cross_entropy", explodes)
+    monkeypatch.setattr(transformer, "linear_cross_entropy", explodes)
     with pytest.raises(NonFiniteLossError, match=r"loss is nan.*optim.lr"):
         run(cfg)
     assert [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
@@ -185,8 +184,8 @@ def test_a_non_finite_validation_is_no_result(
     data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = make(data_root, tmp_path / "run")
-    cross_entropy = evaluate.cross_entropy
-    monkeypatch.setattr(evaluate, "cross_entropy", lambda *args: (cross_entropy(*args)[0] * float("inf"), 1))
+    check_finite = evaluate.check_finite
+    monkeypatch.setattr(evaluate, "check_finite", lambda name, value: check_finite(name, value * float("inf")))
     assert pretrain.run(cfg) == pretrain.EXIT_NOT_FINITE
     assert "validation loss is inf" in capsys.readouterr().err
     assert not (tmp_path / "run" / "result.json").exists()

@@ -73,4 +73,4 @@ def build_engine(config: "Config", memory: Memory, device: torch.device) -> Engi
 def forward(engine: Engine, memory: Memory, batch: Batch) -> Output:
     """Forward without gradients, as evaluation and generation need it."""
     rows = {layer: ids_rows.detach() for layer, ids_rows in memory.lookup(memory.row_ids(batch)).items()}
-    return engine.forward(batch.token_ids, batch.document_ids, rows)
+    return engine.forward(batch.token_ids, batch.document_ids, rows, batch.targets)

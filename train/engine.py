@@ -123,10 +123,12 @@ class _AutocastModel(nn.Module):
         self.device_type = device.type
         self.precision = precision
 
-    def forward(self, token_ids: Tensor, document_ids: Tensor, memory_rows: Mapping[int, Tensor]) -> Output:
+    def forward(
+        self, token_ids: Tensor, document_ids: Tensor, memory_rows: Mapping[int, Tensor], targets: Tensor
+    ) -> Output:
         use_bf16 = self.precision is Precision.bf16
         with torch.autocast(self.device_type, torch.bfloat16) if use_bf16 else nullcontext():
-            output: Output = self.model(token_ids, document_ids, dict(memory_rows))
+            output: Output = self.model(token_ids, document_ids, dict(memory_rows), targets)
         return output
 
 
@@ -178,9 +180,11 @@ class Engine:
             engine.enable_backward_allreduce = False
         return engine
 
-    def forward(self, token_ids: Tensor, document_ids: Tensor, memory_rows: Mapping[int, Tensor]) -> Output:
-        """Run the model; (B, S) token and document ids, {layer: (B, S, R, M)} rows -> `Output`."""
-        output: Output = self._engine(token_ids, document_ids, memory_rows)
+    def forward(
+        self, token_ids: Tensor, document_ids: Tensor, memory_rows: Mapping[int, Tensor], targets: Tensor
+    ) -> Output:
+        """Run the model on (B, S) token ids, document ids, targets, {layer: (B, S, R, M)} rows; `Output` has nats."""
+        output: Output = self._engine(token_ids, document_ids, memory_rows, targets)
         return output
 
     def backward(self, loss: Tensor, row_ids: Mapping[int, Tensor], memory_rows: Mapping[int, Tensor]) -> None:

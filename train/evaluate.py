@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from models.loss import cross_entropy
+from models.loss import IGNORE_INDEX
 from models.transformer import Output
 from train.data import Batch
 from train.finite import check_finite
@@ -33,9 +33,10 @@ def evaluate(forward: Callable[[Batch], Output], batches: Iterable[Batch], bytes
     """
     nats, count = 0.0, 0
     for batch in batches:
-        batch_nats, batch_count = cross_entropy(forward(batch).logits, batch.targets)
-        nats += float(batch_nats)
-        count += int(batch_count)
+        output = forward(batch)
+        assert output.nats is not None  # `forward` gives the model the batch's targets
+        nats += float(output.nats)
+        count += int((batch.targets != IGNORE_INDEX).sum())
     if count == 0:
         raise ValueError("the validation split holds no predictable token; prepare data with a larger validation split")
     loss = nats / count

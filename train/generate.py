@@ -44,7 +44,9 @@ def generate(
         rows: dict[int, Tensor] = {}
         if memory.hasher is not None:
             rows = {layer: memory.tables[layer].lookup(ids) for layer, ids in memory.hasher(window, documents).items()}
-        logits = model(window, documents, rows).logits[0, -1].float()  # (V,)
+        output = model(window, documents, rows)
+        assert output.logits is not None  # no targets were given
+        logits = output.logits[0, -1].float()  # (V,)
         if temperature == 0:
             token = int(logits.argmax())
         else:

@@ -12,7 +12,6 @@ import psutil
 import torch
 
 from models.accounting import count_parameters, flops_per_token
-from models.loss import cross_entropy
 from train.build import Memory, build_engine, build_memory, forward
 from train.data import Batch, TrainBatches, check_fits, validation_batches
 from train.ema import WeightAverage
@@ -105,11 +104,11 @@ def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
             for micro_batch in micro_batches:
                 row_ids = memory.row_ids(micro_batch)
                 rows = memory.lookup(row_ids)
-                output = engine.forward(micro_batch.token_ids, micro_batch.document_ids, rows)
-                micro_nats, _ = cross_entropy(output.logits, micro_batch.targets)
-                loss = micro_nats / num_targets + sum(output.aux_losses.values()) / len(micro_batches)
+                output = engine.forward(micro_batch.token_ids, micro_batch.document_ids, rows, micro_batch.targets)
+                assert output.nats is not None  # targets were given
+                loss = output.nats / num_targets + sum(output.aux_losses.values()) / len(micro_batches)
                 check_finite("loss", loss.detach().item())
-                nats += micro_nats.detach().item()
+                nats += output.nats.detach().item()
                 engine.backward(loss, row_ids, rows)
                 if output.stats.expert_counts is not None:
                     counts = output.stats.expert_counts
@@ -241,7 +240,7 @@ def _evaluate(
 
     def averaged(batch: Batch) -> Any:
         rows = {layer: average.read(layer, ids) for layer, ids in memory.row_ids(batch).items()}
-        return engine.forward(batch.token_ids, batch.document_ids, rows)
+        return engine.forward(batch.token_ids, batch.document_ids, rows, batch.targets)
 
     with average.applied():
         return evaluate(averaged, windows(), prepared.bytes_per_token_val)

@@ -3,66 +3,10 @@
  * Every function has a definition in plain torch beside its caller, and a test that holds the two together. Compiled by
  * models/native/__init__.py. Loops over a row's elements are written so that the compiler makes vectors of them.
  */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-
-typedef uint16_t bf16;
-
-static inline float widen(bf16 value) {
-    uint32_t bits = (uint32_t)value << 16;
-    float result;
-    memcpy(&result, &bits, sizeof result);
-    return result;
-}
-
-/* Round to nearest, ties to even; NaN stays NaN. */
-static inline bf16 narrow(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : (bf16)rounded;
-}
-
-/* e^x = 2^n e^r with |r| <= ln(2) / 2; Taylor's polynomial of degree 7 is exact to fp32 there. NaN stays NaN. */
-static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
-    float n = rintf(x * 1.44269504088896341f);
-    float r = x - n * 0.693359375f; /* ln 2 in two parts: the first times n is exact */
-    r = r + n * 2.12194440e-4f;
-    float p = 1.0f / 5040;
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    int32_t bits = ((int32_t)n + 127) << 23;
-    float power;
-    memcpy(&power, &bits, sizeof power);
-    return p * power;
-}
-
-/* Greatest of n values, compared as integers of the same order: a maximum of floats would stay a scalar loop, because
- * of NaN. A positive NaN counts as the greatest. */
-static inline float greatest(long n, const float *values) {
-    int32_t best = INT32_MIN;
-    for (long i = 0; i < n; i++) {
-        int32_t bits;
-        memcpy(&bits, values + i, sizeof bits);
-        bits ^= (bits >> 31) & 0x7fffffff;
-        best = bits > best ? bits : best;
-    }
-    best ^= (best >> 31) & 0x7fffffff;
-    float result;
-    memcpy(&result, &best, sizeof result);
-    return result;
-}
+#include "common.h"
 
 /* hidden = weight * silu(gate) * up; pre holds gate and up side by side. No weights: 1. */
-void swiglu_forward(long rows, long width, const bf16 *pre, const bf16 *weights, bf16 *restrict hidden) {
+int swiglu_forward(long rows, long width, const bf16 *pre, const bf16 *weights, bf16 *restrict hidden) {
     for (long row = 0; row < rows; row++) {
         const bf16 *gate = pre + 2 * width * row, *up = gate + width;
         float weight = weights ? widen(weights[row]) : 1.0f;
@@ -71,10 +15,11 @@ void swiglu_forward(long rows, long width, const bf16 *pre, const bf16 *weights,
             hidden[width * row + i] = narrow(weight * widen(up[i]) * g / (1.0f + exponential(-g)));
         }
     }
+    return 0;
 }
 
 /* Its backward pass. Writes hidden again, d pre, and with weights their gradients. */
-void swiglu_backward(long rows, long width, const bf16 *pre, const bf16 *weights, const bf16 *grad,
+int swiglu_backward(long rows, long width, const bf16 *pre, const bf16 *weights, const bf16 *grad,
                      bf16 *restrict hidden, bf16 *restrict grad_pre, bf16 *restrict grad_weights) {
     for (long row = 0; row < rows; row++) {
         const bf16 *gate = pre + 2 * width * row, *up = gate + width, *g_hidden = grad + width * row;
@@ -92,10 +37,11 @@ void swiglu_backward(long rows, long width, const bf16 *pre, const bf16 *weights
         }
         if (grad_weights) grad_weights[row] = narrow(sum);
     }
+    return 0;
 }
 
 /* out = x / sqrt(mean(x^2) + eps) * weight in fp32, keeping the factor of every row. */
-void rms_norm_forward(long rows, long width, float eps, const float *x, const float *weight, float *restrict out,
+int rms_norm_forward(long rows, long width, float eps, const float *x, const float *weight, float *restrict out,
                       float *restrict inverse) {
     for (long row = 0; row < rows; row++) {
         const float *v = x + width * row;
@@ -105,10 +51,11 @@ void rms_norm_forward(long rows, long width, float eps, const float *x, const fl
         inverse[row] = factor;
         for (long i = 0; i < width; i++) out[width * row + i] = v[i] * factor * weight[i];
     }
+    return 0;
 }
 
 /* Its backward pass; grad_weight must start at 0. */
-void rms_norm_backward(long rows, long width, const float *x, const float *weight, const float *inverse,
+int rms_norm_backward(long rows, long width, const float *x, const float *weight, const float *inverse,
                        const float *grad, float *restrict grad_x, float *restrict grad_weight) {
     for (long row = 0; row < rows; row++) {
         const float *v = x + width * row, *g = grad + width * row;
@@ -120,6 +67,7 @@ void rms_norm_backward(long rows, long width, const float *x, const float *weigh
         float along = dot * factor * factor * factor / width;
         for (long i = 0; i < width; i++) grad_x[width * row + i] = g[i] * weight[i] * factor - v[i] * along;
     }
+    return 0;
 }
 
 /* One head of one position: optional RMSNorm, then rotation of the pairs (i, i + half). */
@@ -164,7 +112,7 @@ static inline __attribute__((always_inline)) void split_forward(long half, long 
 }
 
 /* The usual head width as a constant, so that its short loops become straight code: 2 times faster. */
-void split_heads_forward(long batch, long seq, long num_heads, long num_kv, long width, float eps, const bf16 *heads,
+int split_heads_forward(long batch, long seq, long num_heads, long num_kv, long width, float eps, const bf16 *heads,
                          const float *query_weight, const float *key_weight, const float *cos, const float *sin,
                          bf16 *query, bf16 *key, bf16 *value, float *inverse) {
     if (width == 32)
@@ -173,6 +121,7 @@ void split_heads_forward(long batch, long seq, long num_heads, long num_kv, long
     else
         split_forward(width / 2, batch, seq, num_heads, num_kv, width, eps, heads, query_weight, key_weight, cos, sin,
                       query, key, value, inverse);
+    return 0;
 }
 
 /* Gradient through turn_head; adds to grad_weight where there is one. */
@@ -225,7 +174,7 @@ static inline __attribute__((always_inline)) void split_backward(long half, long
         }
 }
 
-void split_heads_backward(long batch, long seq, long num_heads, long num_kv, long width, const bf16 *heads,
+int split_heads_backward(long batch, long seq, long num_heads, long num_kv, long width, const bf16 *heads,
                           const float *query_weight, const float *key_weight, const float *cos, const float *sin,
                           const float *inverse, const bf16 *grad_query, const bf16 *grad_key, const bf16 *grad_value,
                           bf16 *grad_heads, float *grad_query_weight, float *grad_key_weight) {
@@ -235,66 +184,11 @@ void split_heads_backward(long batch, long seq, long num_heads, long num_kv, lon
     else
         split_backward(width / 2, batch, seq, num_heads, num_kv, width, heads, query_weight, key_weight, cos, sin,
                        inverse, grad_query, grad_key, grad_value, grad_heads, grad_query_weight, grad_key_weight);
-}
-
-/* scores (groups, rows, end) -> softmax(scores + bias) in place. A group's row r is position start + r % block of
- * sequence group / groups_per_sequence; bias (B, S, S). */
-void masked_softmax(long groups, long groups_per_sequence, long rows, long block, long start, long end, long seq,
-                    const bf16 *bias, bf16 *restrict scores) {
-    for (long group = 0; group < groups; group++)
-        for (long row = 0; row < rows; row++) {
-            const bf16 *mask = bias + (group / groups_per_sequence * seq + start + row % block) * seq;
-            bf16 *p = scores + (group * rows + row) * end;
-            float value[end], sum = 0.0f;
-            for (long i = 0; i < end; i++) value[i] = widen(p[i]) + widen(mask[i]);
-            float max = greatest(end, value);
-            for (long i = 0; i < end; i++) {
-                float e = value[i] == -INFINITY ? 0.0f : exponential(value[i] - max);
-                value[i] = e;
-                sum += e;
-            }
-            float factor = 1.0f / sum;
-            for (long i = 0; i < end; i++) p[i] = narrow(value[i] * factor);
-        }
-}
-
-/* grad (rows, width) <- p * (grad - sum(p * grad)), the gradient through a softmax with result p. */
-void softmax_backward(long rows, long width, const bf16 *probabilities, bf16 *restrict grad) {
-    for (long row = 0; row < rows; row++) {
-        const bf16 *p = probabilities + row * width;
-        bf16 *g = grad + row * width;
-        float dot = 0.0f;
-        for (long i = 0; i < width; i++) dot += widen(p[i]) * widen(g[i]);
-        for (long i = 0; i < width; i++) g[i] = narrow(widen(p[i]) * (widen(g[i]) - dot));
-    }
-}
-
-/* logsumexp of every row of logits; buffer holds one row in fp32. */
-void log_sum_exp(long rows, long vocabulary, const bf16 *logits, float *restrict result, float *restrict buffer) {
-    for (long row = 0; row < rows; row++) {
-        const bf16 *x = logits + row * vocabulary;
-        for (long i = 0; i < vocabulary; i++) buffer[i] = widen(x[i]);
-        float max = greatest(vocabulary, buffer), sum = 0.0f;
-        for (long i = 0; i < vocabulary; i++) sum += exponential(buffer[i] - max);
-        result[row] = max + logf(sum);
-    }
-}
-
-/* grad = scale * (exp(logits - logsumexp) - one-hot of the target). */
-void cross_entropy_backward(long rows, long vocabulary, const bf16 *logits, const int64_t *targets,
-                            const float *log_sum_exp, const float *scale, bf16 *restrict grad) {
-    for (long row = 0; row < rows; row++) {
-        const bf16 *x = logits + row * vocabulary;
-        bf16 *out = grad + row * vocabulary;
-        float factor = scale[row], shift = log_sum_exp[row];
-        for (long i = 0; i < vocabulary; i++) out[i] = narrow(factor * exponential(widen(x[i]) - shift));
-        long target = targets[row];
-        out[target] = narrow(factor * (exponential(widen(x[target]) - shift) - 1.0f));
-    }
+    return 0;
 }
 
 /* The k experts of highest score in each row of scores (rows, experts), highest first; the lower index wins a tie. */
-void top_k(long rows, long experts, long k, const float *scores, int64_t *ids) {
+int top_k(long rows, long experts, long k, const float *scores, int64_t *ids) {
     for (long row = 0; row < rows; row++) {
         const float *score = scores + row * experts;
         int64_t *id = ids + row * k;
@@ -306,4 +200,5 @@ void top_k(long rows, long experts, long k, const float *scores, int64_t *ids) {
             id[place] = expert;
         }
     }
+    return 0;
 }

@@ -1,0 +1,172 @@
+/* The routed experts of a whole MoE layer in one pass: tokens are gathered, multiplied, weighted and summed back without
+ * leaving the cache. Definition: models/expert_kernels.py, `swiglu_loop` between `dispatch` and `combine`.
+ *
+ *     out_t = sum over the experts e of t of  w_te * down_e( silu(gate_e(x_t)) * up_e(x_t) )
+ *
+ * T tokens, K experts per token, E experts, D model width, F expert width. The master weights are read in fp32 and
+ * their gradients written in fp32: no copy of them in bf16 is ever kept.
+ */
+#include "tiles.h"
+
+enum { ROWS = 128 }; /* of one expert at a time: with the expert's weights they fill half of a 2 MiB second-level cache */
+
+/* Pairs (token, k) in the order of their experts: pairs[first[e]] to pairs[first[e + 1]] are those of e. */
+static void sort_by_expert(long count, long experts, const int64_t *ids, long *first, int32_t *pairs) {
+    for (long i = 0; i < count; i++) first[ids[i] + 1]++;
+    for (long e = 0; e < experts; e++) first[e + 1] += first[e];
+    for (long i = 0; i < count; i++) pairs[first[ids[i]]++] = (int32_t)i;
+    for (long e = experts; e > 0; e--) first[e] = first[e - 1];
+    first[0] = 0;
+}
+
+/* Rows of source (T, D) for `count` pairs; the rest up to a multiple of BLOCK is zero. Returns the padded count. */
+static long gather(long count, long top_k, const int32_t *pairs, long width, const bf16 *source, bf16 *restrict rows) {
+    long stride = padded(width);
+    for (long i = 0; i < count; i++) memcpy(rows + i * stride, source + pairs[i] / top_k * width, width * sizeof(bf16));
+    memset(rows + count * stride, 0, (padded(count) - count) * stride * sizeof(bf16));
+    return padded(count);
+}
+
+/* result (T, D) += rows, each at its token. */
+static void scatter_add(long count, long top_k, const int32_t *pairs, long width, const float *rows,
+                        float *restrict result) {
+    for (long i = 0; i < count; i++) {
+        const float *row = rows + i * padded(width);
+        float *out = result + pairs[i] / top_k * width;
+        for (long j = 0; j < width; j++) out[j] += row[j];
+    }
+}
+
+/* x (T, D), ids and weights (T, K), gate_up (E, D, 2F), down (E, F, D); adds to out (T, D). 1: no memory. */
+int experts_forward(long tokens, long top_k, long experts, long width, long hidden_width, const bf16 *x,
+                    const int64_t *ids, const float *weights, const float *gate_up, const float *down,
+                    float *restrict out) {
+    const long d = padded(width), f = padded(hidden_width), g = padded(2 * hidden_width);
+    Scratch scratch = {0};
+    long *first = take(&scratch, experts + 1, sizeof(long));
+    int32_t *pairs = take(&scratch, tokens * top_k, sizeof(int32_t));
+    bf16 *narrowed = take(&scratch, d * g > f * d ? d * g : f * d, sizeof(bf16));
+    uint32_t *gate_up_pairs = take(&scratch, d * g / 2, sizeof(uint32_t));
+    uint32_t *down_pairs = take(&scratch, f * d / 2, sizeof(uint32_t));
+    bf16 *rows = take(&scratch, ROWS * d, sizeof(bf16)), *hidden = take(&scratch, ROWS * f, sizeof(bf16));
+    float *pre = take(&scratch, ROWS * g, sizeof(float)), *result = take(&scratch, ROWS * d, sizeof(float));
+    if (scratch.failed) return release(&scratch), 1;
+
+    sort_by_expert(tokens * top_k, experts, ids, first, pairs);
+    tiles_begin();
+    for (long e = 0; e < experts; e++) {
+        if (first[e] == first[e + 1]) continue;
+        narrow_matrix(width, 2 * hidden_width, gate_up + e * width * 2 * hidden_width, narrowed);
+        pair_rows(d, g, narrowed, gate_up_pairs);
+        narrow_matrix(hidden_width, width, down + e * hidden_width * width, narrowed);
+        pair_rows(f, d, narrowed, down_pairs);
+        for (long start = first[e]; start < first[e + 1]; start += ROWS) {
+            long count = first[e + 1] - start < ROWS ? first[e + 1] - start : ROWS;
+            const int32_t *chunk = pairs + start;
+            long height = gather(count, top_k, chunk, width, x, rows);
+            multiply(height, g, d, rows, d, (bf16 *)gate_up_pairs, g, pre, g, 0);
+            for (long i = 0; i < count; i++) {
+                const float *gate = pre + i * g, *up = gate + hidden_width, weight = weights[chunk[i]];
+                for (long j = 0; j < hidden_width; j++)
+                    hidden[i * f + j] = narrow(weight * up[j] * gate[j] / (1.0f + exponential(-gate[j])));
+            }
+            multiply(height, d, f, hidden, f, (bf16 *)down_pairs, d, result, d, 0);
+            scatter_add(count, top_k, chunk, width, result, out);
+        }
+    }
+    tiles_end();
+    return release(&scratch), 0;
+}
+
+/* One row of the backward pass through w * silu(gate) * up. Returns the gradient of w. */
+static inline float swiglu_row_backward(long width, float weight, const float *pre, const float *grad,
+                                        bf16 *restrict hidden, bf16 *restrict grad_pre) {
+    const float *gate = pre, *up = pre + width;
+    bf16 *grad_gate = grad_pre, *grad_up = grad_pre + width;
+    float sum = 0.0f;
+#pragma GCC ivdep /* grad_gate and grad_up do not overlap */
+    for (long j = 0; j < width; j++) {
+        float sigmoid = 1.0f / (1.0f + exponential(-gate[j])), silu = gate[j] * sigmoid, d = grad[j];
+        sum += d * silu * up[j];
+        d *= weight;
+        hidden[j] = narrow(weight * silu * up[j]);
+        grad_up[j] = narrow(d * silu);
+        grad_gate[j] = narrow(d * up[j] * (sigmoid + silu * (1.0f - sigmoid)));
+    }
+    return sum;
+}
+
+/* Copy padded sums (.., stride) into a result (rows, columns). */
+static void unpad(long rows, long columns, const float *sums, long stride, float *restrict result) {
+    for (long row = 0; row < rows; row++)
+        memcpy(result + row * columns, sums + row * stride, columns * sizeof(float));
+}
+
+/* grad (T, D) of out. Adds to grad_x (T, D); writes grad_weights (T, K), grad_gate_up, grad_down. 1: no memory.
+ * The hidden layer is computed again: at these sizes that costs less than reading it from memory. */
+int experts_backward(long tokens, long top_k, long experts, long width, long hidden_width, const bf16 *x,
+                     const int64_t *ids, const float *weights, const float *gate_up, const float *down,
+                     const bf16 *grad, float *restrict grad_x, float *restrict grad_weights,
+                     float *restrict grad_gate_up, float *restrict grad_down) {
+    const long d = padded(width), f = padded(hidden_width), g = padded(2 * hidden_width);
+    Scratch scratch = {0};
+    long *first = take(&scratch, experts + 1, sizeof(long));
+    int32_t *pairs = take(&scratch, tokens * top_k, sizeof(int32_t));
+    bf16 *narrowed = take(&scratch, d * g > f * d ? d * g : f * d, sizeof(bf16));
+    uint32_t *gate_up_pairs = take(&scratch, d * g / 2, sizeof(uint32_t));
+    uint32_t *gate_up_back = take(&scratch, d * g / 2, sizeof(uint32_t)); /* of the transpose */
+    uint32_t *down_back = take(&scratch, f * d / 2, sizeof(uint32_t));
+    /* rows and row gradients of a chunk, then hidden layer and gradient of what comes before it */
+    bf16 *rows = take(&scratch, ROWS * d, sizeof(bf16)), *grad_rows = take(&scratch, ROWS * d, sizeof(bf16));
+    bf16 *hidden = take(&scratch, ROWS * f, sizeof(bf16)), *grad_pre = take(&scratch, ROWS * g, sizeof(bf16));
+    bf16 *turned = take(&scratch, ROWS * (d > f ? d : f), sizeof(bf16));
+    uint32_t *right = take(&scratch, ROWS * (d > g ? d : g) / 2, sizeof(uint32_t));
+    float *pre = take(&scratch, ROWS * g, sizeof(float));
+    float *result = take(&scratch, ROWS * (d > f ? d : f), sizeof(float));
+    float *sum_gate_up = take(&scratch, d * g, sizeof(float)), *sum_down = take(&scratch, f * d, sizeof(float));
+    if (scratch.failed) return release(&scratch), 1;
+
+    sort_by_expert(tokens * top_k, experts, ids, first, pairs);
+    tiles_begin();
+    for (long e = 0; e < experts; e++) {
+        float *grad_in = grad_gate_up + e * width * 2 * hidden_width, *grad_out = grad_down + e * hidden_width * width;
+        if (first[e] == first[e + 1]) {
+            memset(grad_in, 0, width * 2 * hidden_width * sizeof(float));
+            memset(grad_out, 0, hidden_width * width * sizeof(float));
+            continue;
+        }
+        narrow_matrix(width, 2 * hidden_width, gate_up + e * width * 2 * hidden_width, narrowed);
+        pair_rows(d, g, narrowed, gate_up_pairs);
+        pair_columns(d, g, narrowed, gate_up_back);
+        narrow_matrix(hidden_width, width, down + e * hidden_width * width, narrowed);
+        pair_columns(f, d, narrowed, down_back);
+        for (long start = first[e]; start < first[e + 1]; start += ROWS) {
+            long count = first[e + 1] - start < ROWS ? first[e + 1] - start : ROWS, more = start > first[e];
+            const int32_t *chunk = pairs + start;
+            long height = gather(count, top_k, chunk, width, x, rows);
+            gather(count, top_k, chunk, width, grad, grad_rows);
+            multiply(height, g, d, rows, d, (bf16 *)gate_up_pairs, g, pre, g, 0);
+            multiply(height, f, d, grad_rows, d, (bf16 *)down_back, f, result, f, 0);
+            for (long i = 0; i < count; i++)
+                grad_weights[chunk[i]] = swiglu_row_backward(hidden_width, weights[chunk[i]], pre + i * g,
+                                                             result + i * f, hidden + i * f, grad_pre + i * g);
+            memset(hidden + count * f, 0, (height - count) * f * sizeof(bf16));
+            memset(grad_pre + count * g, 0, (height - count) * g * sizeof(bf16));
+            multiply(height, d, g, grad_pre, g, (bf16 *)gate_up_back, d, result, d, 0);
+            scatter_add(count, top_k, chunk, width, result, grad_x);
+            transpose(height, d, rows, turned, height);
+            pair_rows(height, g, grad_pre, right);
+            multiply(d, g, height, turned, height, (bf16 *)right, g, sum_gate_up, g, more);
+            transpose(height, f, hidden, turned, height);
+            pair_rows(height, d, grad_rows, right);
+            multiply(f, d, height, turned, height, (bf16 *)right, d, sum_down, d, more);
+        }
+        unpad(width, 2 * hidden_width, sum_gate_up, g, grad_in);
+        unpad(hidden_width, width, sum_down, d, grad_out);
+    }
+    tiles_end();
+    return release(&scratch), 0;
+}
+
+/* Whether the matrix unit may be used; asks for it. */
+int matrix_unit(void) { return tiles_allowed(); }

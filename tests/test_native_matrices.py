@@ -1,0 +1,189 @@
+"""The matrix kernels in C against plain torch: outputs and every gradient, odd sizes, idle experts, one token."""
+
+import ctypes
+import subprocess
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models import native
+from models.attention import Attention, AttentionConfig, _NativeAttention, attention_bias, attention_mask
+from models.expert_kernels import swiglu_loop, swiglu_native
+from models.initialize import initialize
+from models.loss import IGNORE_INDEX, _NativeLinearCrossEntropy, cross_entropy
+from models.moe import LocalDispatcher, MoE, MoEConfig
+from models.router import RouterConfig
+from models.transformer import Transformer
+from tests.tiny import relative_error, tiny_batch, tiny_config, tiny_model
+
+# One rounding to bf16 is at most 2^-9 of a value; the kernels round the hidden layer, probabilities and gradients once.
+BF16 = 8e-3
+
+
+@pytest.fixture(params=["this processor", "without matrix unit"], autouse=True)
+def kernels(request, monkeypatch, tmp_path_factory):
+    """Every test runs on the unit, where there is one, and on the plain C that stands in for it elsewhere."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    if request.param == "without matrix unit":
+        path = tmp_path_factory.getbasetemp() / "without_unit.so"
+        if not path.exists():
+            sources = [str(source) for source in native.SOURCES]
+            flags = [*native.FLAGS, "-mno-amx-tile", "-mno-amx-bf16"]
+            subprocess.run(["cc", *flags, *sources, "-o", str(path), "-lm"], check=True)
+        library = ctypes.CDLL(str(path))
+        assert library.matrix_unit() == 0
+        monkeypatch.setattr(native, "library", lambda: library)
+        monkeypatch.setattr(native, "matrix_unit", lambda: True)  # let the modules take these paths all the same
+    native.use(True)
+    yield request.param
+    native.use(False)
+    torch.set_num_threads(threads)
+
+
+def experts_case(tokens: int, top_k: int, experts: int, width: int, hidden: int) -> dict[str, Tensor]:
+    """Inputs, rounded to bf16 where the kernel rounds them; the last expert gets no token if there is a choice."""
+    torch.manual_seed(0)
+    chosen = max(top_k, experts - 1)
+    ids = torch.stack([torch.randperm(chosen)[:top_k] for _ in range(tokens)])
+    return {
+        "x": torch.randn(tokens, width).bfloat16(),
+        "ids": ids,
+        "weights": torch.rand(tokens, top_k),
+        "gate_up": (torch.randn(experts, width, 2 * hidden) * width**-0.5).bfloat16().float(),
+        "down": (torch.randn(experts, hidden, width) * hidden**-0.5).bfloat16().float(),
+    }
+
+
+def by_loop(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    dispatcher = LocalDispatcher(len(gate_up), padded=False)
+    sent = dispatcher.dispatch(x, ids, weights)
+    return dispatcher.combine(swiglu_loop(sent.tokens, sent.weights, sent.counts, gate_up, down), sent)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 8, 8), (37, 2, 7, 40, 24), (150, 3, 3, 33, 5), (300, 2, 2, 64, 32)])
+def test_experts(sizes):
+    case = experts_case(*sizes)
+    leaves = {name: case[name].clone().requires_grad_() for name in ("x", "weights", "gate_up", "down")}
+    exact = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
+    actual = swiglu_native(leaves["x"], case["ids"], *list(leaves.values())[1:])
+    expected = by_loop(exact["x"], case["ids"], *list(exact.values())[1:])
+    assert actual.dtype == torch.float32 and relative_error(actual, expected) < BF16
+    upstream = torch.randn(actual.shape).bfloat16().float()
+    gradients = torch.autograd.grad(actual, list(leaves.values()), upstream)
+    references = torch.autograd.grad(expected, list(exact.values()), upstream.double())
+    for name, gradient, reference in zip(leaves, gradients, references, strict=True):
+        assert gradient.dtype == leaves[name].dtype and relative_error(gradient, reference) < BF16, name
+    if sizes[2] > sizes[1]:
+        assert gradients[2][-1].count_nonzero() == 0 and gradients[3][-1].count_nonzero() == 0
+
+
+def moe_results(bf16: bool) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    moe = MoE(MoEConfig(num_experts=9, d_expert=12, router=RouterConfig(top_k=3)), d_model=20, shared_width=8)
+    initialize(moe, 0, 0.3)
+    x = torch.randn(3, 11, 20, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        out, stats = moe(x)
+    (out.float() * torch.randn(out.shape)).sum().backward()
+    assert int(stats.counts.sum()) == 3 * 11 * 3
+    return {"out": out, "x": x.grad, **{name: p.grad for name, p in moe.named_parameters()}}
+
+
+def test_moe_layer(monkeypatch):
+    actual, expected = moe_results(True), moe_results(False)
+    monkeypatch.setattr(native, "_in_use", False)
+    torchs_own = moe_results(True)
+    for name, exact in expected.items():
+        # as close to fp32 as torch's own bf16 operations are, up to the luck of single roundings
+        assert relative_error(actual[name], exact) < max(1.5 * relative_error(torchs_own[name], exact), BF16), name
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 3), (5, 24, 61), (133, 40, 701), (260, 32, 1024)])
+def test_head_and_loss(sizes):
+    tokens, width, vocab = sizes
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, width).bfloat16().float().requires_grad_()
+    weight = (torch.randn(vocab, width) * 2 * width**-0.5).bfloat16().float().requires_grad_()
+    targets = torch.randint(0, vocab, (tokens,))
+    targets[1::3] = IGNORE_INDEX
+    nats = _NativeLinearCrossEntropy.apply(hidden, weight, targets)
+    exact = [hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()]
+    expected, _ = cross_entropy(F.linear(*exact), targets)
+    assert nats.dtype == torch.float32 and relative_error(nats, expected) < 1e-6
+    gradients = torch.autograd.grad(nats / 7, (hidden, weight))
+    for gradient, reference in zip(gradients, torch.autograd.grad(expected / 7, exact), strict=True):
+        assert relative_error(gradient, reference) < BF16
+    assert gradients[0][1::3].count_nonzero() == 0
+
+
+def test_a_broken_hidden_state_gives_a_broken_loss():
+    hidden = torch.zeros(3, 32)
+    hidden[1, 3] = float("nan")
+    weight = torch.ones(70, 32)
+    assert not torch.isfinite(_NativeLinearCrossEntropy.apply(hidden, weight, torch.tensor([1, 1, 1])))
+    # 0 * nan is nan, so an ignored token with a broken state must not reach the others' gradients
+    weight.requires_grad_()
+    nats = _NativeLinearCrossEntropy.apply(hidden, weight, torch.tensor([1, IGNORE_INDEX, 1]))
+    assert float(nats.detach()) == pytest.approx(2 * torch.log(torch.tensor(70.0)).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 2), (2, 3, 1, 37, 6), (2, 4, 2, 70, 40), (1, 2, 2, 96, 32)])
+def test_attention_kernel(sizes):
+    batch, num_heads, num_kv_heads, seq_len, width = sizes
+    torch.manual_seed(0)
+    query = torch.randn(batch, num_heads, seq_len, width).bfloat16().requires_grad_()
+    key, value = (torch.randn(batch, num_kv_heads, seq_len, width).bfloat16().requires_grad_() for _ in range(2))
+    documents = (torch.rand(batch, seq_len) < 0.1).long().cumsum(1)
+    bias = attention_bias(attention_mask(documents), torch.bfloat16)
+    out = _NativeAttention.apply(query, key, value, bias)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
+    expected = F.scaled_dot_product_attention(*exact, attn_mask=bias.double(), enable_gqa=True).transpose(1, 2)
+    assert relative_error(out, expected) < BF16
+    upstream = torch.randn(out.shape).bfloat16()
+    gradients = torch.autograd.grad(out, (query, key, value), upstream)
+    for gradient, reference in zip(gradients, torch.autograd.grad(expected, exact, upstream.double()), strict=True):
+        # a softmax over one key has no gradient
+        assert relative_error(gradient, reference) < BF16 or not (gradient.any() or reference.any())
+
+
+def attention_results(qk_norm: bool, seq_len: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    attention = Attention(AttentionConfig(4, 2, 16, qk_norm), d_model=24, seq_len=seq_len + 3, norm_eps=1e-6)
+    initialize(attention, 0, 0.4)
+    for norm in (attention.query_norm, attention.key_norm):
+        if norm is not None:
+            torch.nn.init.normal_(norm.weight, 1.0, 0.3)
+    x = torch.randn(3, seq_len, 24, requires_grad=True)
+    documents = (torch.arange(seq_len) > seq_len // 3).long().expand(3, -1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        out = attention(x, attention_bias(attention_mask(documents), dtype))
+    (out.float() * torch.randn(out.shape)).sum().backward()
+    return {"out": out, "x": x.grad, **{name: p.grad for name, p in attention.named_parameters()}}
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("seq_len", [9, 64, 150])
+def test_attention(qk_norm, seq_len, monkeypatch):
+    actual = attention_results(qk_norm, seq_len, torch.bfloat16)
+    expected = attention_results(qk_norm, seq_len, torch.float32)
+    monkeypatch.setattr(native, "_in_use", False)
+    torchs_own = attention_results(qk_norm, seq_len, torch.bfloat16)
+    for name, exact in expected.items():
+        # as close to fp32 as torch's own bf16 operations are, up to the luck of single roundings
+        assert relative_error(actual[name], exact) < max(1.5 * relative_error(torchs_own[name], exact), BF16), name
+
+
+def test_whole_model_gives_the_loss_of_its_logits():
+    cfg = tiny_config("moe")
+    model: Transformer = tiny_model(cfg)
+    token_ids, document_ids = tiny_batch(cfg, batch=3)
+    targets = token_ids.roll(-1, 1)
+    targets[:, -1] = IGNORE_INDEX
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(token_ids, document_ids).logits
+        nats = model(token_ids, document_ids, targets=targets).nats
+    # the kernel's logits are not rounded to bf16, those of the linear layer are
+    assert relative_error(nats, cross_entropy(logits, targets)[0]) < 1e-3
