@@ -25,7 +25,7 @@ from sweeps.simulate import (
     minimum_of,
     simulate,
 )
-from train.run_folder import atomic_write
+from train.files import atomic_write
 
 LAYOUTS = ((2, 6), (2, 7), (3, 7), (5, 8))  # seeds, values of rho
 PAPER_GRID = np.array([0.40, 0.51, 0.60, 0.70, 0.75, 0.80, 0.85, 0.90, 0.95, 1.0])

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sweeps.live import read_progress
-from sweeps.trial import Plan, Trial, read_config, read_json, read_plan, trial_dir, trial_id
-from train.run_folder import atomic_write
+from sweeps.trial import Plan, Trial, read_config, read_plan, trial_dir, trial_id
+from train.files import atomic_write, read_json
 
 RESULTS_FILE = "results.csv"
 # Fixed and documented (docs/run_folder.md): readers may rely on names and order; new columns go to the end.

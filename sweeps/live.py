@@ -1,20 +1,18 @@
 """What a running sweep shows: state, step, loss and remaining time of every trial, as a table or as plain lines."""
 
 import heapq
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from sweeps.trial import Trial, read_json, trial_dir
+from sweeps.trial import Trial, trial_dir
+from train.files import parse_records, read_json, tail_lines
 
-TAIL_BYTES = 65_536  # enough for the last records of metrics.jsonl, array values included
 LINE_SECONDS = 60.0  # between two progress lines where there is no terminal
 FRAME_SECONDS = 1.0  # between two frames of the table
 MAX_ROWS = 30  # of the table; what waits or has ended is summed up beyond
@@ -40,24 +38,10 @@ def read_progress(folder: Path) -> Progress:
     return Progress(str(status.get("state", "waiting")), step, max_steps, _last_value(folder, "train/loss"))
 
 
-def tail_lines(path: Path, start: int = 0, num_bytes: int = TAIL_BYTES) -> list[str]:
-    """The last lines of a text file, reading at most `num_bytes` and nothing before offset `start`."""
-    if not path.is_file():
-        return []
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(start, size - num_bytes, 0))
-        return file.read().decode("utf-8", errors="replace").splitlines()
-
-
 def _last_value(folder: Path, key: str) -> float | None:
     """The newest value of a metric; an unfinished last line is passed over."""
-    for line in reversed(tail_lines(folder / "metrics.jsonl")):
-        try:
-            record: Any = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and key in record:
+    for record in reversed(parse_records(tail_lines(folder / "metrics.jsonl"))):
+        if key in record:
             return float(record[key])
     return None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from matplotlib.figure import Figure
 from sweeps.findings import AllocationFit, Verdict
 from sweeps.forms import FormName
 from sweeps.noise import Point, two_way
+from train.files import atomic_write
 
 TITLES = {
     Verdict.monotone_decreasing: "no interior minimum shown: the loss falls with rho",
@@ -86,7 +86,7 @@ def allocation_png(fit: AllocationFit, points: Sequence[Point], controls: Sequen
     figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=3)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    _write_bytes(path, buffer.getvalue())
+    atomic_write(path, buffer.getvalue())
     return path
 
 
@@ -144,16 +144,3 @@ def _draw_controls(axes: Axes, shifted: dict[tuple[str, float, int], float]) -> 
                 zorder=6,
                 label=CONTROL_LABELS[kind],
             )
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    """Write through a temporary name, fsync and rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -35,7 +35,7 @@ from sweeps.tables import (
     reproduce,
 )
 from sweeps.trial import PLAN_FILE
-from train.run_folder import atomic_write
+from train.files import atomic_write
 
 TEMPLATES = Path(__file__).parent / "templates"
 NOTHING_FINISHED = "No arm has finished yet, so there is nothing to conclude. The same command goes on with the sweep."

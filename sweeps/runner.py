@@ -22,11 +22,12 @@ import psutil
 import yaml
 
 from sweeps.collect import trial_result
-from sweeps.live import SweepView, duration, label, tail_lines
+from sweeps.live import SweepView, duration, label
 from sweeps.processes import find_processes, folder_lock, start_process, stop_processes
-from sweeps.trial import Trial, pretrain_arguments, read_config, read_json, trial_dir, trial_id
+from sweeps.trial import Trial, pretrain_arguments, read_config, trial_dir, trial_id
+from train.files import atomic_write, read_json, tail_lines
 from train.identity import differing_settings
-from train.run_folder import atomic_write, write_json
+from train.run_folder import write_record
 
 POLL_SECONDS = 0.2  # between two looks at the running trials
 LOG_TAIL_LINES = 20  # of log.txt, kept in failure.json and shown
@@ -189,7 +190,7 @@ class _Loop:
             "command": self._command(folder),
             "time": time.time(),
         }
-        write_json(folder / FAILURE_FILE, record)
+        write_record(folder / FAILURE_FILE, record)
         self._view.say(f"FAILED   {label(entry.trial)}  {reason} after {took}; the last lines of {folder / 'log.txt'}:")
         for line in tail:
             self._view.say(f"    {line}")

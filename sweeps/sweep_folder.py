@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sweeps.noise import Point
+from train.files import read_json, read_records, tail_lines
 
 TEXT_COLUMNS = {"kind", "status", "trial_id"}
 LOG_TAIL_LINES = 20  # shown of a failed trial
-LOG_TAIL_BYTES = 16_384  # read from the end of its log
 MAX_CURVE_POINTS = 200  # points drawn of one curve
 
 
@@ -130,7 +129,7 @@ def read_sweep(sweep_dir: Path) -> SweepRecord:
     with results.open(newline="", encoding="utf-8") as file:
         for number, raw in enumerate(csv.DictReader(file), start=2):
             trials.append(_read_trial(sweep_dir, _typed(raw, number, results)))
-    return SweepRecord(sweep_dir, read_object(sweep_dir / "plan.json"), trials)
+    return SweepRecord(sweep_dir, read_json(sweep_dir / "plan.json") or {}, trials)
 
 
 def _typed(raw: dict[str, str], number: int, path: Path) -> dict[str, Any]:
@@ -157,45 +156,11 @@ def _read_trial(sweep_dir: Path, row: dict[str, Any]) -> TrialRecord:
     folder = sweep_dir / "trials" / Path(str(row["trial_id"])).name
     record = TrialRecord(row)
     record.metrics = read_records(folder / "metrics.jsonl")
-    record.result = read_object(folder / "result.json")
-    record.status = read_object(folder / "status.json")
+    record.result = read_json(folder / "result.json") or {}
+    record.status = read_json(folder / "status.json") or {}
     if row.get("status") == "failed":
-        record.log_tail = tail(folder / "log.txt")
+        record.log_tail = "\n".join(tail_lines(folder / "log.txt")[-LOG_TAIL_LINES:])
     return record
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none or it is damaged."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSONL file; unreadable lines, such as a half-written last one, are left out."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
-
-
-def tail(path: Path, lines: int = LOG_TAIL_LINES) -> str:
-    """The last lines of a text file; empty where there is none."""
-    if not path.is_file():
-        return ""
-    with path.open("rb") as file:
-        file.seek(max(path.stat().st_size - LOG_TAIL_BYTES, 0))
-        text = file.read().decode("utf-8", errors="replace")
-    return "\n".join(text.splitlines()[-lines:])
 
 
 def _is_number(value: Any) -> bool:

@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
+from train.files import atomic_write
 from train.identity import identity_hash
-from train.run_folder import atomic_write
 
 SCHEMA_VERSION = 1  # of plan.json
 PLAN_FILE = "plan.json"
@@ -137,15 +137,6 @@ def read_plan(sweep_dir: Path) -> Plan:
 def trial_dir(sweep_dir: Path, trial: Trial) -> Path:
     """Absolute folder of a trial."""
     return Path(sweep_dir).resolve() / "trials" / trial.trial_id
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object from a file, or None where there is none or it is not whole."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:

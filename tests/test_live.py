@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sweeps.live import Progress, RemainingTime, SweepView, duration, label, read_progress, tail_lines
+from sweeps.live import Progress, RemainingTime, SweepView, duration, label, read_progress
 from sweeps.trial import trial_dir
 from tests.test_runner import make_trial
 
@@ -25,14 +25,6 @@ def test_progress_of_every_state(tmp_path: Path) -> None:
     assert read_progress(tmp_path) == Progress("running", 3, 9, 5.5)
     (tmp_path / "result.json").write_text(json.dumps({"val_loss": 4.5}))
     assert read_progress(tmp_path) == Progress("finished", 3, 9, 4.5)
-
-
-def test_tail_starts_where_told_and_survives_foreign_bytes(tmp_path: Path) -> None:
-    path = tmp_path / "log.txt"
-    path.write_bytes(b"old\nnew \xff line\nlast\n")
-    assert tail_lines(path, start=4) == ["new � line", "last"]
-    assert tail_lines(path, num_bytes=5) == ["last"]
-    assert tail_lines(tmp_path / "none") == []
 
 
 def test_remaining_time_of_a_trial_and_what_it_teaches() -> None:

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from train import metrics
-from train.metrics import LogConfig, Recorder, WandbMode, peak_flops, read_metrics
+from train.files import read_records
+from train.metrics import LogConfig, Recorder, WandbMode, peak_flops
 
 
 def test_records_are_cut_back_on_resume(tmp_path: Path) -> None:
@@ -19,7 +20,7 @@ def test_records_are_cut_back_on_resume(tmp_path: Path) -> None:
     second = Recorder(path, LogConfig(), "id", {}, resume_step=20)
     second.record(30, {"train/loss": 3.5, "moe/expert_counts": [[1, 2]]})
     second.close()
-    records = read_metrics(path)
+    records = read_records(path)
     assert [(r["step"], r["train/loss"]) for r in records] == [(10, 10.0), (20, 20.0), (30, 3.5)]
     assert all(record["schema_version"] == 1 for record in records)
 
@@ -30,14 +31,14 @@ def test_a_validation_stands_in_the_file_once(tmp_path: Path) -> None:
         with Recorder(path, LogConfig(), "id", {}, resume_step=8) as recorder:
             recorder.record(8, {"val/loss": 2.0})
             recorder.record(9, {"val/loss": 1.5})
-    assert [(record["step"], record["val/loss"]) for record in read_metrics(path)] == [(8, 2.0), (9, 1.5)]
+    assert [(record["step"], record["val/loss"]) for record in read_records(path)] == [(8, 2.0), (9, 1.5)]
 
 
 def test_sync_brings_records_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
     with Recorder(tmp_path / "metrics.jsonl", LogConfig(), "id", {}, resume_step=0) as recorder:
         recorder.record(1, {"train/loss": 2.0})
-        monkeypatch.setattr(metrics.os, "fsync", lambda _: synced.append(len(read_metrics(tmp_path / "metrics.jsonl"))))
+        monkeypatch.setattr(metrics.os, "fsync", lambda _: synced.append(len(read_records(tmp_path / "metrics.jsonl"))))
         recorder.sync()
         assert synced == [1]
 
@@ -70,7 +71,7 @@ def test_wandb_without_network_goes_on_offline(
     assert time.monotonic() - started < 20
     assert "wandb is not reachable" in capsys.readouterr().out
     assert list((tmp_path / "wandb").glob("offline-run-*/run-abc124.wandb"))
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+    assert len(read_records(tmp_path / "metrics.jsonl")) == 1
 
 
 def test_wandb_that_does_not_work_at_all_is_switched_off(
@@ -87,7 +88,7 @@ def test_wandb_that_does_not_work_at_all_is_switched_off(
     assert capsys.readouterr().out.splitlines()[-1] == (
         "wandb is switched off: it does not work offline either (no service)"
     )
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+    assert len(read_records(tmp_path / "metrics.jsonl")) == 1
 
 
 @pytest.mark.filterwarnings("ignore")

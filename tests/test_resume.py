@@ -16,10 +16,10 @@ from train.config import load_config
 from train.data import DataConfig, DataSource
 from train.dedup import DedupConfig
 from train.engine import EngineConfig, Precision
+from train.files import read_records
 from train.finite import NonFiniteLossError
 from train.generate import main as generate_main
 from train.loop import Stopped
-from train.metrics import read_metrics
 from train.optim import OptimConfig, OptimizerKind
 from train.schedule import ScheduleConfig
 
@@ -75,8 +75,8 @@ def test_interrupted_equals_undisturbed(
     assert a.keys() == b.keys() and any(key.startswith("table_1") for key in a)
     for name, tensor in a.items():
         assert torch.equal(tensor, b[name]), name
-    assert without_clock(read_metrics(tmp_path / "a" / "metrics.jsonl")) == without_clock(
-        read_metrics(tmp_path / "b" / "metrics.jsonl")
+    assert without_clock(read_records(tmp_path / "a" / "metrics.jsonl")) == without_clock(
+        read_records(tmp_path / "b" / "metrics.jsonl")
     )
 
 
@@ -134,7 +134,7 @@ def test_a_non_finite_loss_stops_before_the_step(
     monkeypatch.setattr(transformer, "linear_cross_entropy", explodes)
     with pytest.raises(NonFiniteLossError, match=r"loss is nan.*optim.lr"):
         run(cfg)
-    assert [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [r["step"] for r in read_records(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
     assert all(torch.isfinite(t.float()).all() for t in final_tensors(tmp_path / "run").values())
 
 
@@ -212,8 +212,8 @@ def test_killed_after_the_last_step_equals_undisturbed(
     resumed = run(make(data_root, tmp_path / "b"))
     clocks = {"train_seconds", "tokens_per_second", "wall_seconds", "mfu_convention"}
     assert {k: v for k, v in resumed.items() if k not in clocks} == {k: v for k, v in whole.items() if k not in clocks}
-    assert without_clock(read_metrics(tmp_path / "a" / "metrics.jsonl")) == without_clock(
-        read_metrics(tmp_path / "b" / "metrics.jsonl")
+    assert without_clock(read_records(tmp_path / "a" / "metrics.jsonl")) == without_clock(
+        read_records(tmp_path / "b" / "metrics.jsonl")
     )
 
 
@@ -256,7 +256,7 @@ def test_learning_and_records(data_root: Path, tmp_path: Path) -> None:
     cfg.train.max_steps = 60
     cfg.train.eval_interval = 30
     result = run(cfg)
-    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    records = read_records(tmp_path / "run" / "metrics.jsonl")
     first, last = records[0], [r for r in records if "train/loss" in r][-1]
     assert last["train/loss"] < first["train/loss"] - 0.8
     assert [r["step"] for r in records if "val/loss" in r] == [30, 60]

@@ -3,8 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from train import run_folder
-from train.run_folder import OccupiedRunFolderError, RunFolder, atomic_write
+from train.run_folder import OccupiedRunFolderError, RunFolder
 
 
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
@@ -75,22 +74,3 @@ def test_the_last_step_is_known_at_the_next_start(tmp_path: Path) -> None:
         assert folder.step == 7
     with RunFolder(tmp_path, "a: 2\n", "other") as folder:
         assert folder.step == 0
-
-
-def test_no_record_holds_what_json_cannot(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        run_folder.write_json(tmp_path / "file", {"loss": float("nan")})
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    atomic_write(path, "old")
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(run_folder.os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        atomic_write(path, "new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]

@@ -22,8 +22,9 @@ from sweeps.runner import (
     run_trials,
     visible_gpu,
 )
-from sweeps.trial import Trial, TrialKind, read_json, trial_dir, trial_id
+from sweeps.trial import Trial, TrialKind, trial_dir, trial_id
 from train.config import Config, to_yaml
+from train.files import read_json
 
 FAKE = Path(__file__).with_name("fake_trial.py")
 QUICK, SLOW, FAILS, NO_RESULT = range(4)  # seeds of fake_trial.py

@@ -144,7 +144,7 @@ def test_alteration_that_keeps_size_and_modification_time_is_found(folder: Path)
 
 def test_checksums_are_compared_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_folder(folder)
-    monkeypatch.setattr("train.shards._sha256", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr("train.shards.sha256", lambda path: pytest.fail(f"{path} was read again"))
     open_folder(folder)
 
 

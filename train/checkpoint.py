@@ -11,7 +11,6 @@
 Nothing is unpickled. The folder is written under a temporary name, fsynced and renamed.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from train.files import sha256, sync
 from train.run_folder import SCHEMA_VERSION
 
 MANIFEST = "manifest.json"
@@ -70,15 +70,15 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             json.dumps({"schema_version": SCHEMA_VERSION, "step": checkpoint.step, **checkpoint.state})
         )
         files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(temporary.iterdir())
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(temporary.iterdir())
         }
         for path in temporary.iterdir():
-            _fsync(path)
+            sync(path)
         (temporary / MANIFEST).write_text(json.dumps({"schema_version": SCHEMA_VERSION, "files": files}, indent=1))
-        _fsync(temporary / MANIFEST)
+        sync(temporary / MANIFEST)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
-        _fsync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(
@@ -115,7 +115,7 @@ def load(path: Path) -> Checkpoint:
         file = path / name
         if not file.exists():
             raise DamagedCheckpointError(f"{file} is missing; {remedy}")
-        if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+        if file.stat().st_size != expected["bytes"] or sha256(file) != expected["sha256"]:
             raise DamagedCheckpointError(f"{file} is not what was written (size or SHA-256 differs); {remedy}")
         if file.suffix == ".safetensors":
             tensors[file.stem] = load_file(file)
@@ -129,16 +129,3 @@ def load(path: Path) -> Checkpoint:
 def _complete(folder: Path) -> list[Path]:
     """Checkpoints that have a manifest, oldest first."""
     return sorted(path for path in folder.glob("step_*") if (path / MANIFEST).exists())
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,7 +22,7 @@ from train.identity import to_plain
 from train.metrics import Recorder, peak_flops
 from train.prepare import prepare
 from train.progress import Progress
-from train.run_folder import RunFolder, write_json
+from train.run_folder import RunFolder, write_record
 from train.schedule import lr_scale
 from train.shards import PreparedData
 from train.snapshot import resume, save
@@ -84,7 +84,7 @@ def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
     batches = TrainBatches(prepared, config.model.seq_len, cfg.global_batch_tokens // config.model.seq_len, config.seed)
     memory = build_memory(config, prepared, device)
     engine = build_engine(config, memory, device)
-    write_json(folder.path / "ds_config.json", engine.ds_config)
+    write_record(folder.path / "ds_config.json", engine.ds_config)
     average = WeightAverage(engine.model, memory.tables, cfg.ema_decay, max_steps) if cfg.ema_decay else None
     first_step, state = resume(folder, prepared, engine, memory, average)
     folder.step = first_step
@@ -180,7 +180,7 @@ def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
         "data_fingerprint": prepared.fingerprint,
         "environment": environment(config.engine.num_threads, config.engine.precision.value),
     }
-    write_json(folder.path / "result.json", result)
+    write_record(folder.path / "result.json", result)
     folder.status("finished", max_steps, max_steps)
     return result
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from train.run_folder import SCHEMA_VERSION, atomic_write
+from train.files import atomic_write, read_records
+from train.run_folder import SCHEMA_VERSION
 
 
 class WandbMode(str, Enum):
@@ -115,20 +116,9 @@ class Recorder:
             self._wandb.finish()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a `metrics.jsonl`; a last line that a killed process left unfinished is dropped."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
 def _cut_back(path: Path, step: int) -> list[dict[str, Any]]:
     """Remove the records after `step`; the others."""
-    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    kept = [record for record in read_records(path) if record["step"] <= step]
     atomic_write(path, "".join(json.dumps(record) + "\n" for record in kept))
     return kept
 

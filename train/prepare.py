@@ -28,6 +28,7 @@ from train.data import DataConfig, DataSource
 from train.dedup import DedupResult, find_duplicates
 from train.document_store import DocumentStore
 from train.external import external_documents, local_files
+from train.files import write_json
 from train.shards import (
     COMPRESSION_TABLE,
     SPLITS,
@@ -40,7 +41,6 @@ from train.shards import (
     save_array,
     shard_records,
     token_dtype,
-    write_json,
     write_manifest,
 )
 from train.tokenizer import compression_table, end_of_document, fetch_tokenizer, train_bpe, vocabulary_size

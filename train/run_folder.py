@@ -1,4 +1,4 @@
-"""The folder of one run: who owns it, what it says of itself, and writing that never leaves half a file.
+"""The folder of one run: who owns it, and what it says of itself.
 
 config.yaml      resolved configuration; the run can be repeated from it alone
 ds_config.json   the generated DeepSpeed configuration
@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from train.files import atomic_write, write_json
 from train.identity import differing_settings, identity_settings
 
 SCHEMA_VERSION = 1  # of every file in a run's folder
@@ -29,26 +30,9 @@ class OccupiedRunFolderError(ValueError):
     """The folder belongs to another run, or another process is training in it."""
 
 
-def atomic_write(path: Path, text: str) -> None:
-    """Write through a temporary name, fsync and rename: readers see the old file or the new one, never a part.
-
-    Raises:
-        OSError: for example on a full disk; the old file is untouched and the temporary one removed.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Atomically write `record` with the schema version."""
-    atomic_write(path, json.dumps({"schema_version": SCHEMA_VERSION, **record}, indent=1, allow_nan=False) + "\n")
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Atomically write a JSON file of a run, with its schema version."""
+    write_json(path, {"schema_version": SCHEMA_VERSION, **record})
 
 
 def _first(changes: list[str], count: int = 6) -> str:
@@ -118,7 +102,7 @@ class RunFolder:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         self.step = self._read("status.json").get("step", 0) if held == self.identity else 0
         atomic_write(self.path / "config.yaml", self.config_yaml)
-        write_json(self.path / "identity.json", {"identity": self.identity})
+        write_record(self.path / "identity.json", {"identity": self.identity})
 
     def _holds_something(self) -> bool:
         """Whether anything was computed here: a checkpoint, a metrics record or a result."""
@@ -142,7 +126,7 @@ class RunFolder:
 
     def status(self, state: str, step: int, max_steps: int, message: str = "") -> None:
         """Replace `status.json`; `state` is starting, running, finished, failed or stopped."""
-        write_json(
+        write_record(
             self.path / "status.json",
             {
                 "state": state,

@@ -19,6 +19,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from train.files import sha256, write_json
+
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
@@ -26,7 +28,6 @@ COMPRESSION_TABLE = "compression_table.npy"
 SPLITS = ("train", "val")
 SHARD_TOKENS = 2**28  # tokens after which a new shard begins: files of at most about 1 GiB
 STAMP = "verified.json"  # sizes and times under which the checksums were last found right
-_HASH_CHUNK = 2**20  # bytes
 
 
 class DataError(ValueError):
@@ -111,19 +112,6 @@ def save_array(path: Path, array: np.ndarray) -> None:
         os.fsync(file.fileno())
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON under a temporary name, then rename, so that a reader sees all of it or none."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, sort_keys=True)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_manifest(folder: Path, content: dict[str, Any], provenance: dict[str, Any]) -> str:
     """Write manifest.json over every file of `folder`, and return the fingerprint.
 
@@ -133,7 +121,7 @@ def write_manifest(folder: Path, content: dict[str, Any], provenance: dict[str, 
         provenance: Where the text came from; described, not part of the identity.
     """
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.iterdir())
         if path.name not in (MANIFEST, STAMP)
     }
@@ -145,14 +133,6 @@ def write_manifest(folder: Path, content: dict[str, Any], provenance: dict[str, 
 
 def _fingerprint(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 class TokenStream:
@@ -281,7 +261,7 @@ def _verify_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
     except (OSError, ValueError):
         pass  # no stamp yet, or half a stamp: compare the checksums
     for name, record in files.items():
-        if _sha256(folder / name) != record["sha256"]:
+        if sha256(folder / name) != record["sha256"]:
             raise DataError(f"{folder / name} was altered: its SHA-256 is not that of {MANIFEST}; {_remedy(folder)}")
     with contextlib.suppress(OSError):  # a read-only folder is compared again next time
         write_json(stamp, found)
