@@ -5,6 +5,7 @@ import random
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["WANDB_MODE"] = "disabled"  # nobody's dashboard is fed by tests; those of wandb itself say otherwise
 
 import numpy as np
 import pytest

@@ -54,6 +54,7 @@ def no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(metrics, "_WANDB_SECONDS", 2.0)
 
@@ -68,7 +69,7 @@ def test_wandb_without_network_goes_on_offline(
     ) as recorder:
         recorder.record(5, {"train/loss": 2.5})
         assert dict(recorder._wandb.config) == {"optim": {"lr": 0.1}}
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60  # wandb itself would wait 90 s
     assert "wandb is not reachable" in capsys.readouterr().out
     assert list((tmp_path / "wandb").glob("offline-run-*/run-abc124.wandb"))
     assert len(read_records(tmp_path / "metrics.jsonl")) == 1
@@ -91,11 +92,19 @@ def test_wandb_that_does_not_work_at_all_is_switched_off(
     assert len(read_records(tmp_path / "metrics.jsonl")) == 1
 
 
+def test_wandb_mode_of_the_environment_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with Recorder(tmp_path / "metrics.jsonl", LogConfig(), "id", {}, resume_step=0) as recorder:
+        assert recorder._wandb is None
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_dashboards_get_the_same_scalars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorBoard and offline wandb, read back through TensorBoard's own reader."""
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("HOME", str(tmp_path))
     recorder = Recorder(
         tmp_path / "metrics.jsonl", LogConfig(tensorboard=True, wandb=WandbMode.auto), "abc123", {"x": 1}, resume_step=0

@@ -19,7 +19,7 @@ from train.run_folder import SCHEMA_VERSION
 
 
 class WandbMode(str, Enum):
-    """Where wandb writes. `auto`: online if an API key is configured, else offline."""
+    """Where wandb writes. `auto`: where WANDB_MODE says; if it is not set, online with an API key, offline without."""
 
     auto = "auto"
     online = "online"
@@ -31,7 +31,7 @@ class WandbMode(str, Enum):
 class LogConfig:
     """Dashboards; none of it changes what a run computes."""
 
-    wandb: WandbMode = WandbMode.disabled
+    wandb: WandbMode = WandbMode.auto
     wandb_project: str = "engram-lab"
     group: str = ""  # wandb group; a sweep sets its own name
     tensorboard: bool = False
@@ -144,13 +144,13 @@ _WANDB_SECONDS = 15.0  # for the server's answer at the start; wandb's own limit
 
 def _open_wandb(folder: Path, cfg: LogConfig, run_id: str, config: dict[str, Any]) -> Any:
     """A wandb run, offline where no key is configured or the server cannot be reached; None where that fails too."""
-    if cfg.wandb is WandbMode.disabled:
+    mode = cfg.wandb.value
+    if cfg.wandb is WandbMode.auto:
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+    if mode == WandbMode.disabled.value:
         return None
     import wandb
 
-    mode = cfg.wandb.value
-    if cfg.wandb is WandbMode.auto:
-        mode = "online" if _has_wandb_key() else "offline"
     options: dict[str, Any] = {
         "project": cfg.wandb_project,
         "group": cfg.group or None,
