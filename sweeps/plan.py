@@ -30,11 +30,11 @@ from train.identity import identity_settings
 from train.shards import PreparedData
 
 # Sustained training FLOP/s of one CPU thread and of one GPU, for the first estimate of a sweep only: finished trials
-# of the same sweep replace it. CPU: conf/model/tiny.yaml (1.21e6 FLOPs forward, 3.6e6 trained) at 9.7e3 tokens/s in
+# of the same sweep replace it. CPU: conf/model/tiny.yaml (1.21e6 FLOPs forward, 3.6e6 trained) at 1.5e4 tokens/s in
 # bf16, two trials side by side on two AMX cores; fixed costs per step weigh most at this size, so larger models are
 # faster. GPU: a guess, 5 % of the 1e15 FLOP/s bf16 peak in data sheets.
-FLOPS_PER_THREAD = 3.5e10
-FP32_SPEED = 0.7  # of the CPU rate above, measured on the same model
+FLOPS_PER_THREAD = 5.5e10
+FP32_SPEED = 0.45  # of the CPU rate above, measured on the same model
 FLOPS_PER_GPU = 5.0e13
 FORWARD_SHARE = 1 / 3  # of a training token's FLOPs, for a token of validation
 STARTUP_SECONDS = 6.0  # imports, opening the data, building the model; measured 4 to 7 s beside another trial
