@@ -2,7 +2,8 @@
 
 Nothing here knows processes, config frameworks or logging. Reading order: `transformer` (the figure: embed ->
 [engram] -> attention -> feed-forward or experts -> head), `attention`, `norm`, `feed_forward`, `router`, `moe`,
-`expert_kernels`, `ngram_hash`, `engram`, `memory_table`, `loss`, `initialize`, `accounting`.
+`expert_kernels`, `ngram_hash`, `engram`, `memory_table`, `loss`, `precision`, `initialize`, `accounting`; the folder
+`native` holds C kernels for CPUs.
 
 Shape letters used everywhere:
     B batch (sequences)      S sequence positions     T = B * S tokens

@@ -143,4 +143,5 @@ def _unseen(fit: AllocationFit) -> list[str]:
         lost = ", ".join(form.name.value for form in fit.forms if not form.supported)
         unseen.append(f"a minimum by these forms, left out because they miss the points or leave the grid: {lost}")
     unseen.append("larger models and more tokens per parameter, where the minimum may lie elsewhere")
+    unseen.append("other optimizers and learning rates of the memory rows, which move the minimum too")
     return ["Unseen: " + "; ".join(unseen) + "."]
