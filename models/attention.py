@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from models import native
@@ -168,8 +169,9 @@ class _NativeAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-        inputs = tuple(tensor.contiguous() for tensor in (query, key, value, bias))
         batch, num_heads, seq_len, width = query.shape
+        bias = bias.expand(batch, 1, seq_len, seq_len)
+        inputs = tuple(tensor.contiguous() for tensor in (query, key, value, bias))
         ctx.sizes = (batch, num_heads, key.shape[1], seq_len, width)
         out = query.new_empty(batch, seq_len, num_heads, width)
         log_sum_exp = torch.empty(batch, num_heads, seq_len, dtype=torch.float32)
@@ -178,9 +180,11 @@ class _NativeAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        results = [torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]]
-        native.call("attention_backward", *ctx.sizes, *ctx.saved_tensors, grads[0].contiguous(), *results)
+        saved = ctx.saved_tensors  # read once: activation checkpointing gives them out once
+        results = [torch.empty_like(tensor) for tensor in saved[:3]]
+        native.call("attention_backward", *ctx.sizes, *saved, grads[0].contiguous(), *results)
         return *results, None
 
 
@@ -234,11 +238,13 @@ class _SplitHeads(torch.autograd.Function):
         return query, key, value
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_heads = torch.empty_like(ctx.saved_tensors[0])
-        grad_weights = [None if weight is None else torch.zeros_like(weight) for weight in ctx.saved_tensors[1:3]]
+        saved = ctx.saved_tensors  # read once: activation checkpointing gives them out once
+        grad_heads = torch.empty_like(saved[0])
+        grad_weights = [None if weight is None else torch.zeros_like(weight) for weight in saved[1:3]]
         grads = tuple(grad.contiguous() for grad in grads)
-        native.call("split_heads_backward", *ctx.sizes, *ctx.saved_tensors, *grads, grad_heads, *grad_weights)
+        native.call("split_heads_backward", *ctx.sizes, *saved, *grads, grad_heads, *grad_weights)
         return grad_heads, *grad_weights, None, None, None
 
 
@@ -279,8 +285,9 @@ class Attention(nn.Module):
         cfg = self.cfg
         seq_len = heads.shape[1]
         tables = self.rotary[:, :seq_len]
-        if native.available(heads):
-            weights = [None if norm is None else norm.weight for norm in (self.query_norm, self.key_norm)]
+        weights = [None if norm is None else norm.weight for norm in (self.query_norm, self.key_norm)]
+        in_fp32 = all(tensor is None or tensor.dtype == torch.float32 for tensor in (*weights, tables))
+        if native.available(heads) and in_fp32:
             return _SplitHeads.apply(heads, *weights, tables, cfg.num_heads, self.norm_eps)
         query_key, value = heads.split((cfg.num_heads + cfg.num_kv_heads, cfg.num_kv_heads), dim=2)
         if self.query_norm is not None and self.key_norm is not None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from models import native
@@ -62,6 +63,7 @@ class _SiluMul(torch.autograd.Function):
         return swiglu_hidden(gate_up.flatten(0, -2)).view(*gate_up.shape[:-1], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         return swiglu_hidden_backward(gate_up.flatten(0, -2), None, grads[0].flatten(0, -2))[1].view_as(gate_up)

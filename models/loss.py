@@ -1,9 +1,11 @@
 """Token cross-entropy in nats, computed in fp32 from logits of any type, and the output head with it in one pass."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from models import native
@@ -70,13 +72,15 @@ class _NativeLinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         x, weight, targets = hidden.to(torch.bfloat16).contiguous(), weight.contiguous(), targets.contiguous()
         ctx.sizes = (*x.shape, weight.shape[0])  # T, D, V
-        log_sum_exp, target_logit = torch.empty(2, x.shape[0], dtype=torch.float32)
+        # A target outside the vocabulary is found in no block: its logit stays NaN, and the loss stops the run.
+        log_sum_exp, target_logit = torch.full((2, x.shape[0]), math.nan, dtype=torch.float32)
         native.call("head_forward", *ctx.sizes, x, weight, targets, log_sum_exp, target_logit)
         ctx.save_for_backward(x, weight, targets, log_sum_exp)
         ctx.hidden_dtype = hidden.dtype
         return (log_sum_exp - target_logit).where(targets != IGNORE_INDEX, 0.0).sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, targets, log_sum_exp = ctx.saved_tensors
         scale = grads[0] * (targets != IGNORE_INDEX)  # (T,) fp32

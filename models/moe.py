@@ -26,8 +26,9 @@ class ExpertKernel(str, Enum):
     """How the routed experts are multiplied; all give the same function, at different speed."""
 
     loop = "loop"  # one matmul per expert: the definition
-    padded = "padded"  # batched matmuls over experts of similar load, each group padded to the fullest of them; in bf16
-    # on a CPU with a matrix unit the native kernel instead (models/native/experts.c)
+    # Batched matmuls over experts of similar load, each group padded to the fullest of them; the native kernel in their
+    # place where it is in use (models/native/experts.c: bf16 in one thread of a CPU with a matrix unit).
+    padded = "padded"
     grouped_mm = "grouped_mm"  # torch.nn.functional.grouped_mm
 
 

@@ -32,6 +32,14 @@ def test_keeps_the_newest(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000010", "step_00000100"]
 
 
+def test_a_step_that_is_there_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal on the last step saves it twice; the second must not put the only checkpoint at risk."""
+    first = checkpoint.save(tmp_path, make(8), keep=1)
+    monkeypatch.setattr(checkpoint.os, "replace", lambda *_: pytest.fail("written again"))
+    assert checkpoint.save(tmp_path, make(8), keep=1) == first
+    assert checkpoint.load_latest(tmp_path) is not None
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     assert checkpoint.load_latest(tmp_path / "absent") is None
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from models import native
 from models.attention import AttentionConfig
 from models.engram import EngramConfig
 from models.initialize import initialize
@@ -14,7 +15,7 @@ from models.moe import MoEConfig
 from models.ngram_hash import NgramHasher, num_rows
 from models.router import RouterConfig
 from models.transformer import Transformer, TransformerConfig
-from train.engine import DEEPSPEED_SETTINGS, Engine, EngineConfig, Precision
+from train.engine import DEEPSPEED_SETTINGS, Engine, EngineConfig, NativeKernels, Precision, resolve_native
 from train.finite import NonFiniteLossError
 from train.optim import OptimConfig, OptimizerKind
 
@@ -267,3 +268,27 @@ def test_bf16_is_close_to_fp32_and_weights_stay_fp32() -> None:
         assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in setup.model.parameters())
     assert losses[Precision.bf16] == pytest.approx(losses[Precision.fp32], rel=5e-3)
     assert losses[Precision.bf16] != losses[Precision.fp32]
+
+
+@pytest.mark.parametrize(
+    ("precision", "threads", "library", "unit", "expected"),
+    [
+        (Precision.bf16, 1, object(), True, NativeKernels.matrices),
+        (Precision.bf16, 1, object(), False, NativeKernels.elementwise),
+        (Precision.bf16, 1, None, False, NativeKernels.off),
+        (Precision.bf16, 2, object(), True, NativeKernels.off),
+        (Precision.fp32, 1, object(), True, NativeKernels.off),
+    ],
+)
+def test_native_kernels_are_resolved_to_what_works_here(
+    monkeypatch, precision, threads, library, unit, expected
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(native, "library", lambda: library)
+    monkeypatch.setattr(native, "matrix_unit", lambda: unit)
+    assert resolve_native(EngineConfig(precision=precision, num_threads=threads)) is expected
+
+
+def test_native_kernels_with_several_threads_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"native_kernels=matrices .* one thread .*num_threads=2.*off"):
+        resolve_native(EngineConfig(num_threads=2, native_kernels=NativeKernels.matrices))

@@ -1,5 +1,6 @@
 """The elementwise C kernels against the plain torch they stand in for: outputs and every gradient, at odd sizes too."""
 
+import ctypes
 import subprocess
 import sys
 
@@ -20,15 +21,15 @@ BF16 = 8e-3
 def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    native.use(True)
+    native.use(native.Level.elementwise)
     yield
-    native.use(False)
+    native.use(native.Level.off)
     torch.set_num_threads(threads)
 
 
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on torch's own operations are used."""
-    monkeypatch.setattr(native, "_in_use", False)
+    monkeypatch.setattr(native, "_level", native.Level.off)
 
 
 def test_available_is_for_one_thread_cpu_and_the_asked_type(monkeypatch):
@@ -51,6 +52,46 @@ def test_a_failing_compiler_is_reported_and_survived(monkeypatch, tmp_path, capl
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert native.library.__wrapped__() is None
     assert "training is slower" in caplog.text
+
+
+def test_a_damaged_library_is_built_again(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = native._cached_path(["cc"])
+    path.parent.mkdir()
+    path.write_bytes(b"")
+    assert native.library.__wrapped__() is not None
+    assert path.stat().st_size > 10_000
+
+
+def test_compiler_with_options(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "cc -DNOTHING")
+    assert native.library.__wrapped__() is not None
+
+
+def test_levels_that_do_not_work_here_are_refused(monkeypatch):
+    monkeypatch.setattr(native, "matrix_unit", lambda: False)
+    with pytest.raises(ValueError, match=r"native_kernels=matrices needs .* AMX"):
+        native.use(native.Level.matrices)
+    monkeypatch.setattr(native, "library", lambda: None)
+    with pytest.raises(ValueError, match=r"native_kernels=elementwise needs .* compiler"):
+        native.use(native.Level.elementwise)
+    native.use(native.Level.off)
+
+
+def test_exponential_is_exact_to_fp32(tmp_path):
+    source = tmp_path / "exponential.c"
+    source.write_text(
+        '#include "common.h"\nvoid run(long n, const float *x, float *y) '
+        "{ for (long i = 0; i < n; i++) y[i] = exponential(x[i]); }\n"
+    )
+    built = tmp_path / "exponential.so"
+    command = ["cc", *native.FLAGS, f"-I{native.FOLDER}", str(source), "-o", str(built), "-lm"]
+    subprocess.run(command, check=True)
+    x = torch.linspace(-86.0, 87.0, 100_001)
+    y = torch.empty_like(x)
+    ctypes.CDLL(str(built)).run(ctypes.c_long(len(x)), ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()))
+    assert float((y.double() / x.double().exp() - 1).abs().max()) < 1.5e-7  # 2^-23 and a little
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -1,6 +1,7 @@
 """The matrix kernels in C against plain torch: outputs and every gradient, odd sizes, idle experts, one token."""
 
 import ctypes
+import math
 import subprocess
 
 import pytest
@@ -9,25 +10,32 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models import native
-from models.attention import Attention, AttentionConfig, _NativeAttention, attention_bias, attention_mask
+from models.attention import (
+    Attention,
+    AttentionConfig,
+    _NativeAttention,
+    attention_bias,
+    attention_mask,
+    masked_attention,
+)
 from models.expert_kernels import swiglu_loop, swiglu_native
 from models.initialize import initialize
 from models.loss import IGNORE_INDEX, _NativeLinearCrossEntropy, cross_entropy
 from models.moe import LocalDispatcher, MoE, MoEConfig
 from models.router import RouterConfig
-from models.transformer import Transformer
-from tests.tiny import relative_error, tiny_batch, tiny_config, tiny_model
+from models.transformer import ActivationCheckpointing
+from tests.tiny import TinyMemory, relative_error, tiny_batch, tiny_config, tiny_model
 
 # One rounding to bf16 is at most 2^-9 of a value; the kernels round the hidden layer, probabilities and gradients once.
 BF16 = 8e-3
 
 
-@pytest.fixture(params=["this processor", "without matrix unit"], autouse=True)
-def kernels(request, monkeypatch, tmp_path_factory):
-    """Every test runs on the unit, where there is one, and on the plain C that stands in for it elsewhere."""
+@pytest.fixture(params=["plain C", *(["matrix unit"] if native.matrix_unit() else [])], autouse=True)
+def calls(request, monkeypatch, tmp_path_factory):
+    """Every test runs on the unit, where there is one, and on the plain C in its place; gives the kernels called."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    if request.param == "without matrix unit":
+    if request.param == "plain C":
         path = tmp_path_factory.getbasetemp() / "without_unit.so"
         if not path.exists():
             sources = [str(source) for source in native.SOURCES]
@@ -37,9 +45,12 @@ def kernels(request, monkeypatch, tmp_path_factory):
         assert library.matrix_unit() == 0
         monkeypatch.setattr(native, "library", lambda: library)
         monkeypatch.setattr(native, "matrix_unit", lambda: True)  # let the modules take these paths all the same
-    native.use(True)
-    yield request.param
-    native.use(False)
+    called: list[str] = []
+    call = native.call
+    monkeypatch.setattr(native, "call", lambda name, *arguments: (called.append(name), call(name, *arguments))[1])
+    native.use(native.Level.matrices)
+    yield called
+    native.use(native.Level.off)
     torch.set_num_threads(threads)
 
 
@@ -92,9 +103,11 @@ def moe_results(bf16: bool) -> dict[str, Tensor]:
     return {"out": out, "x": x.grad, **{name: p.grad for name, p in moe.named_parameters()}}
 
 
-def test_moe_layer(monkeypatch):
-    actual, expected = moe_results(True), moe_results(False)
-    monkeypatch.setattr(native, "_in_use", False)
+def test_moe_layer(monkeypatch, calls):
+    actual = moe_results(True)
+    assert {"experts_forward", "experts_backward"} < set(calls)
+    expected = moe_results(False)
+    monkeypatch.setattr(native, "_level", native.Level.off)
     torchs_own = moe_results(True)
     for name, exact in expected.items():
         # as close to fp32 as torch's own bf16 operations are, up to the luck of single roundings
@@ -119,15 +132,21 @@ def test_head_and_loss(sizes):
     assert gradients[0][1::3].count_nonzero() == 0
 
 
-def test_a_broken_hidden_state_gives_a_broken_loss():
+def test_a_broken_hidden_state_gives_a_broken_loss_unless_nothing_is_predicted_there():
     hidden = torch.zeros(3, 32)
     hidden[1, 3] = float("nan")
-    weight = torch.ones(70, 32)
+    weight = torch.ones(70, 32, requires_grad=True)
     assert not torch.isfinite(_NativeLinearCrossEntropy.apply(hidden, weight, torch.tensor([1, 1, 1])))
-    # 0 * nan is nan, so an ignored token with a broken state must not reach the others' gradients
-    weight.requires_grad_()
     nats = _NativeLinearCrossEntropy.apply(hidden, weight, torch.tensor([1, IGNORE_INDEX, 1]))
-    assert float(nats.detach()) == pytest.approx(2 * torch.log(torch.tensor(70.0)).item(), rel=1e-6)
+    assert float(nats.detach()) == pytest.approx(2 * math.log(70), rel=1e-6)
+    nats.backward()
+    assert bool(torch.isfinite(weight.grad).all())
+
+
+@pytest.mark.parametrize("target", [-1, 70, 71, 1000])
+def test_a_target_outside_the_vocabulary_gives_a_broken_loss(target):
+    hidden, weight = torch.randn(3, 32), torch.randn(70, 32)
+    assert torch.isnan(_NativeLinearCrossEntropy.apply(hidden, weight, torch.tensor([1, target, 2])))
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 2), (2, 3, 1, 37, 6), (2, 4, 2, 70, 40), (1, 2, 2, 96, 32)])
@@ -165,25 +184,71 @@ def attention_results(qk_norm: bool, seq_len: int, dtype: torch.dtype) -> dict[s
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize("seq_len", [9, 64, 150])
-def test_attention(qk_norm, seq_len, monkeypatch):
+@pytest.mark.parametrize("seq_len", [1, 9, 64, 150])
+def test_attention(qk_norm, seq_len, monkeypatch, calls):
     actual = attention_results(qk_norm, seq_len, torch.bfloat16)
+    assert {"attention_forward", "attention_backward"} < set(calls)
     expected = attention_results(qk_norm, seq_len, torch.float32)
-    monkeypatch.setattr(native, "_in_use", False)
+    monkeypatch.setattr(native, "_level", native.Level.off)
     torchs_own = attention_results(qk_norm, seq_len, torch.bfloat16)
     for name, exact in expected.items():
         # as close to fp32 as torch's own bf16 operations are, up to the luck of single roundings
         assert relative_error(actual[name], exact) < max(1.5 * relative_error(torchs_own[name], exact), BF16), name
 
 
-def test_whole_model_gives_the_loss_of_its_logits():
+def test_attention_takes_one_mask_for_all_sequences():
+    query, key = torch.randn(3, 4, 20, 8).bfloat16(), torch.randn(3, 2, 20, 8).bfloat16()
+    bias = attention_bias(attention_mask(torch.zeros(1, 20, dtype=torch.int64)), torch.bfloat16)
+    expected = F.scaled_dot_product_attention(
+        query.double(), key.double(), key.double(), bias.double(), enable_gqa=True
+    )
+    assert relative_error(masked_attention(query, key, key, bias), expected.transpose(1, 2)) < BF16
+
+
+def test_weights_in_bf16_take_torchs_path(calls):
+    """The kernels read norms and rotary tables in fp32."""
+    attention = Attention(AttentionConfig(4, 2, 16, qk_norm=True), d_model=24, seq_len=9, norm_eps=1e-6)
+    initialize(attention, 0, 0.4)
+    x = torch.randn(1, 9, 24)
+    bias = attention_bias(attention_mask(torch.zeros(1, 9, dtype=torch.int64)), torch.bfloat16)
+    exact = attention(x, bias.float())
+    calls.clear()
+    assert relative_error(attention.bfloat16()(x.bfloat16(), bias), exact) < 5e-2
+    assert "split_heads_forward" not in calls
+
+
+def test_whole_model_gives_the_loss_of_its_logits(calls):
     cfg = tiny_config("moe")
-    model: Transformer = tiny_model(cfg)
+    model = tiny_model(cfg)
     token_ids, document_ids = tiny_batch(cfg, batch=3)
     targets = token_ids.roll(-1, 1)
     targets[:, -1] = IGNORE_INDEX
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(token_ids, document_ids).logits
+        assert "head_forward" not in calls
         nats = model(token_ids, document_ids, targets=targets).nats
+    assert "head_forward" in calls
     # the kernel's logits are not rounded to bf16, those of the linear layer are
     assert relative_error(nats, cross_entropy(logits, targets)[0]) < 1e-3
+
+
+def test_activation_checkpointing_changes_nothing():
+    results = []
+    for checkpointing in ActivationCheckpointing:
+        cfg = tiny_config("moe_engram", activation_checkpointing=checkpointing)
+        model, memory = tiny_model(cfg), TinyMemory(cfg)
+        token_ids, document_ids = tiny_batch(cfg, batch=3)
+        rows = memory.rows(token_ids, document_ids)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(token_ids, document_ids, rows, token_ids.roll(-1, 1))
+        (output.nats + sum(output.aux_losses.values())).backward()
+        gradients = [*(p.grad for p in model.parameters()), *(row.grad for row in rows.values())]
+        results.append([output.nats, *gradients])
+    for plain, checkpointed in zip(*results, strict=True):
+        assert torch.equal(plain, checkpointed)
+
+
+def test_no_memory_is_an_error_of_its_own(monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: {"head_forward": lambda *_: 1})
+    with pytest.raises(MemoryError, match="micro-batches"):
+        native.call("head_forward")

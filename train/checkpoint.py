@@ -49,12 +49,14 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `checkpoint` below `folder` and remove all but the newest `keep`.
+    """Write `checkpoint` below `folder`, unless its step is there already, and remove all but the newest `keep`.
 
     Raises:
         OSError: if it cannot be written (a full disk, say); earlier checkpoints are untouched.
     """
     final = folder / f"step_{checkpoint.step:08d}"
+    if final in _complete(folder):  # the same step of the same run: stopped on its last step, or killed just after it
+        return final
     temporary = folder / f".{final.name}.{os.getpid()}.tmp"
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -76,7 +78,8 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             sync(path)
         (temporary / MANIFEST).write_text(json.dumps({"schema_version": SCHEMA_VERSION, "files": files}, indent=1))
         sync(temporary / MANIFEST)
-        shutil.rmtree(final, ignore_errors=True)
+        sync(temporary)
+        shutil.rmtree(final, ignore_errors=True)  # one without a manifest: complete ones are not written again
         os.replace(temporary, final)
         sync(folder)
     except (OSError, SafetensorError) as error:

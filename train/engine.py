@@ -37,11 +37,12 @@ class Precision(str, Enum):
 
 
 class NativeKernels(str, Enum):
-    """Whether a CPU run uses the fused C kernels of `models.native`. They round differently from torch's passes."""
+    """The C kernels of `models.native` that a CPU run uses: a `native.Level`, or `auto`."""
 
-    auto = "auto"  # on for bf16 in one thread where they can be built, else off; resolved when a run is planned
-    on = "on"
+    auto = "auto"  # for bf16 in one thread the most that works here, else off; resolved when a run is planned
     off = "off"
+    elementwise = "elementwise"
+    matrices = "matrices"
 
 
 # DeepSpeed settings that only report; tests/test_engine.py shows that steps are the same to the bit with them.
@@ -98,11 +99,22 @@ def resolve_precision(precision: Precision) -> Precision:
 
 
 def resolve_native(cfg: EngineConfig) -> NativeKernels:
-    """`auto` -> on where the C kernels would be used: bf16 on a CPU, one thread, and a compiler; else off."""
+    """`auto` -> the most that can be used: bf16 on a CPU in one thread, with a compiler, with a matrix unit.
+
+    Raises:
+        ValueError: kernels are asked for where none of them could run.
+    """
+    one_cpu_thread = cfg.num_threads == 1 and not torch.cuda.is_available()
+    if cfg.native_kernels not in (NativeKernels.auto, NativeKernels.off) and not one_cpu_thread:
+        raise ValueError(
+            f"engine.native_kernels={cfg.native_kernels.value} works on a CPU in one thread only "
+            f"(engine.num_threads={cfg.num_threads}); use engine.native_kernels=off, or one thread on a CPU"
+        )
     if cfg.native_kernels is not NativeKernels.auto:
         return cfg.native_kernels
-    on_cpu = cfg.precision is Precision.bf16 and cfg.num_threads == 1 and not torch.cuda.is_available()
-    return NativeKernels.on if on_cpu and native.library() is not None else NativeKernels.off
+    if cfg.precision is not Precision.bf16 or not one_cpu_thread or native.library() is None:
+        return NativeKernels.off
+    return NativeKernels.matrices if native.matrix_unit() else NativeKernels.elementwise
 
 
 @dataclass
@@ -156,7 +168,7 @@ class Engine:
         device: torch.device,
     ) -> None:
         _refuse_many_ranks()
-        native.use(resolve_native(cfg) is NativeKernels.on)
+        native.use(native.Level(resolve_native(cfg).value))
         self.model = model
         self.tables = tables
         self.device = device

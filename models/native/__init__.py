@@ -1,9 +1,9 @@
 """Fused CPU kernels in C, compiled once per machine: what torch does in ten passes over memory they do in one.
 
-`elementwise.c` holds norms, activations, softmax and top-k; `experts.c` and `head.c` whole layers on the processor's
-matrix unit (AMX), through `tiles.h`. Each caller keeps its definition in plain torch, which runs wherever `available`
-(or `matrices_available`) says no: on other devices, in other types, with several threads (these loops use one), and on
-machines without a C compiler. `docs/log.md` has the time of a training step before and after.
+`elementwise.c` holds norms, activations, rotation and top-k; `experts.c`, `attention.c` and `head.c` whole layers on
+the processor's matrix unit (AMX), through `tiles.h`. Each caller keeps its definition in plain torch, which runs
+wherever `available` or `matrices_available` says no: on other devices, in other types, with several threads (these
+loops use one), and on machines without a C compiler. `docs/log.md` has the time of a training step before and after.
 """
 
 import ctypes
@@ -11,9 +11,11 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+from enum import Enum
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,33 +31,49 @@ FLAGS = [
     "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
     "-fassociative-math", "-freciprocal-math", "-shared", "-fPIC",
 ]  # fmt: skip
-_in_use = False  # see `use`; like torch's own backend switches, one for the process
 Argument = Tensor | int | float | None
 
 
-def use(wanted: bool) -> None:
-    """Switch the kernels on or off for this process. They round differently, so a run records which it used.
+class Level(str, Enum):
+    """Which kernels a process uses. They round differently from torch's passes, so a run records its level."""
+
+    off = "off"
+    elementwise = "elementwise"  # elementwise.c
+    matrices = "matrices"  # these, and experts.c, attention.c and head.c on the matrix unit
+
+
+_level = Level.off  # see `use`; like torch's own backend switches, one for the process
+
+
+def use(level: Level) -> None:
+    """Choose the kernels of this process.
 
     Raises:
-        ValueError: if they are wanted and cannot be built here.
+        ValueError: if they cannot be built or run here.
     """
-    global _in_use
-    if wanted and library() is None:
+    global _level
+    if level is not Level.off and library() is None:
         raise ValueError(
-            "engine.native_kernels=on needs an x86-64 processor and a C compiler (cc); install one, or start a new "
-            "run with engine.native_kernels=off"
+            f"engine.native_kernels={level.value} needs an x86-64 processor and a C compiler (cc, or what CC names); "
+            "install one, or start a new run with engine.native_kernels=off"
         )
-    _in_use = wanted
+    if level is Level.matrices and not matrix_unit():
+        raise ValueError(
+            "engine.native_kernels=matrices needs a processor with AMX in bf16, Linux 5.16 and a compiler that knows "
+            "the unit (gcc 11, clang 12); go on where the run was started, or start a new one with "
+            "engine.native_kernels=elementwise"
+        )
+    _level = level
 
 
 def available(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> bool:
     """Whether the kernels are in use and can work on `x`: on CPU, of type `dtype`, in one thread."""
-    return _in_use and x.device.type == "cpu" and x.dtype == dtype and torch.get_num_threads() == 1
+    return _level is not Level.off and x.device.type == "cpu" and x.dtype == dtype and torch.get_num_threads() == 1
 
 
 def matrices_available(x: Tensor) -> bool:
-    """Whether the kernels are in use, matmuls on `x` run in bf16 (its own type, or autocast's), and there is AMX."""
-    return available(x, x.dtype) and compute_dtype(x) == torch.bfloat16 and matrix_unit()
+    """Whether the kernels of the matrix unit are in use and matmuls on `x` run in bf16: its own type, or autocast's."""
+    return _level is Level.matrices and available(x, x.dtype) and compute_dtype(x) == torch.bfloat16
 
 
 def call(name: str, *arguments: Argument) -> None:
@@ -82,17 +100,25 @@ def _as_c(argument: Argument) -> ctypes._SimpleCData:
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, built on first use; None without a compiler or off x86."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None or platform.machine() != "x86_64":
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    if platform.machine() != "x86_64" or not compiler or shutil.which(compiler[0]) is None:
         return None
     path = _cached_path(compiler)
     try:
         if not path.exists():
             _compile(compiler, path)
-        return ctypes.CDLL(str(path))
+        try:
+            loaded = ctypes.CDLL(str(path))
+        except OSError:  # a damaged file, or one of another C library
+            path.unlink()
+            _compile(compiler, path)
+            loaded = ctypes.CDLL(str(path))
     except (OSError, subprocess.CalledProcessError) as error:
-        logging.getLogger(__name__).warning("C kernels are not used, training is slower: %s", error)
+        said = error.stderr.decode(errors="replace") if isinstance(error, subprocess.CalledProcessError) else ""
+        logging.getLogger(__name__).warning("C kernels are not used, training is slower: %s\n%s", error, said)
         return None
+    loaded["matrix_unit"]()  # asks the system for the unit: without that, its first instruction ends the process
+    return loaded
 
 
 @lru_cache(maxsize=1)
@@ -102,11 +128,11 @@ def matrix_unit() -> bool:
     return loaded is not None and loaded["matrix_unit"]() != 0
 
 
-def _cached_path(compiler: str) -> Path:
-    """One file per source, flags, compiler and processor: a home directory may be shared by several machines."""
+def _cached_path(compiler: list[str]) -> Path:
+    """One file per source, flags, compiler, C library and processor: several machines may share a home directory."""
     processor = next((line for line in _cpuinfo() if line.startswith("flags")), platform.processor())
     texts = [path.read_text() for path in (*SOURCES, *HEADERS)]
-    identity = "\n".join([*texts, *FLAGS, compiler, processor])
+    identity = "\n".join([*texts, *FLAGS, *compiler, *platform.libc_ver(), processor])
     root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "engram-lab"
     return root / f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
 
@@ -118,11 +144,13 @@ def _cpuinfo() -> list[str]:
         return []
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: list[str], path: Path) -> None:
     """Compile beside the final place and rename: trials that start together must not load half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
         sources = [str(path) for path in SOURCES]
-        subprocess.run([compiler, *FLAGS, *sources, "-o", str(built), "-lm"], check=True, capture_output=True)
+        subprocess.run([*compiler, *FLAGS, *sources, "-o", str(built), "-lm"], check=True, capture_output=True)
+        with open(built, "rb") as file:
+            os.fsync(file.fileno())  # half a library would end every process that loads it
         os.replace(built, path)

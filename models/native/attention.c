@@ -38,20 +38,21 @@ int attention_forward(long batch, long heads, long kv_heads, long seq, long widt
     float *scores = take(&scratch, BLOCK * s, sizeof(float)), *result = take(&scratch, BLOCK * c, sizeof(float));
     if (scratch.failed) return release(&scratch), 1;
 
+    Tiles key_turned, value_tiles;
     tiles_begin();
     for (long head = 0; head < batch * heads; head++) {
         const long sequence = head / heads, kv_head = head / group;
         if (head % group == 0) {
             pad(seq, width, key + kv_head * seq * width, width, room);
-            pair_columns(s, c, room, key_back);
+            key_turned = tiles_of_transpose(s, c, room, key_back);
             pad(seq, width, value + kv_head * seq * width, width, room);
-            pair_rows(s, c, room, value_pairs);
+            value_tiles = tiles_of(s, c, room, c, value_pairs);
         }
         for (long start = 0; start < seq; start += BLOCK) {
             const long count = seq - start < BLOCK ? seq - start : BLOCK, end = start + BLOCK;
             const long valid = start + count;
             pad(count, width, query + (head * seq + start) * width, width, rows);
-            multiply(BLOCK, end, c, rows, c, (bf16 *)key_back, s, scores, end, 0);
+            multiply(BLOCK, end, c, rows, c, key_turned, scores, end, 0);
             for (long i = 0; i < count; i++) {
                 float *score = scores + i * end, sum = 0.0f;
                 mask_scores(valid, end, scale, bias + (sequence * seq + start + i) * seq, score);
@@ -61,7 +62,7 @@ int attention_forward(long batch, long heads, long kv_heads, long seq, long widt
                 for (long j = 0; j < end; j++) probabilities[i * end + j] = narrow(score[j] * factor);
                 log_sum_exp[head * seq + start + i] = max + logf(sum);
             }
-            multiply(BLOCK, c, end, probabilities, end, (bf16 *)value_pairs, c, result, c, 0);
+            multiply(BLOCK, c, end, probabilities, end, value_tiles, result, c, 0);
             for (long i = 0; i < count; i++) {
                 bf16 *to = out + ((sequence * seq + start + i) * heads + head % heads) * width;
                 for (long j = 0; j < width; j++) to[j] = narrow(result[i * c + j]);
@@ -98,15 +99,16 @@ int attention_backward(long batch, long heads, long kv_heads, long seq, long wid
     float *sum_key = take(&scratch, c * s, sizeof(float)), *sum_value = take(&scratch, c * s, sizeof(float));
     if (scratch.failed) return release(&scratch), 1;
 
+    Tiles key_turned, value_turned, key_tiles;
     tiles_begin();
     for (long head = 0; head < batch * heads; head++) {
         const long sequence = head / heads, kv_head = head / group;
         if (head % group == 0) {
             pad(seq, width, value + kv_head * seq * width, width, room);
-            pair_columns(s, c, room, value_back);
+            value_turned = tiles_of_transpose(s, c, room, value_back);
             pad(seq, width, key + kv_head * seq * width, width, room);
-            pair_columns(s, c, room, key_back);
-            pair_rows(s, c, room, key_pairs);
+            key_turned = tiles_of_transpose(s, c, room, key_back);
+            key_tiles = tiles_of(s, c, room, c, key_pairs);
             memset(sum_key, 0, c * s * sizeof(float));
             memset(sum_value, 0, c * s * sizeof(float));
         }
@@ -116,8 +118,8 @@ int attention_backward(long batch, long heads, long kv_heads, long seq, long wid
             pad(count, width, query + (head * seq + start) * width, width, rows);
             pad(count, width, grad_out + ((sequence * seq + start) * heads + head % heads) * width, heads * width,
                 grad_rows);
-            multiply(BLOCK, end, c, rows, c, (bf16 *)key_back, s, scores, end, 0);
-            multiply(BLOCK, end, c, grad_rows, c, (bf16 *)value_back, s, products, end, 0);
+            multiply(BLOCK, end, c, rows, c, key_turned, scores, end, 0);
+            multiply(BLOCK, end, c, grad_rows, c, value_turned, products, end, 0);
             for (long i = 0; i < count; i++) {
                 float *score = scores + i * end, *product = products + i * end, dot = 0.0f;
                 const float shift = log_sum_exp[head * seq + start + i];
@@ -134,16 +136,14 @@ int attention_backward(long batch, long heads, long kv_heads, long seq, long wid
             memset(narrowed + count * end, 0, (BLOCK - count) * end * sizeof(bf16));
             memset(grad_scores + count * end, 0, (BLOCK - count) * end * sizeof(bf16));
 
-            multiply(BLOCK, c, end, grad_scores, end, (bf16 *)key_pairs, c, result, c, 0);
+            multiply(BLOCK, c, end, grad_scores, end, key_tiles, result, c, 0);
             for (long i = 0; i < count; i++)
                 for (long j = 0; j < width; j++)
                     grad_query[(head * seq + start + i) * width + j] = narrow(result[i * c + j]);
             transpose(BLOCK, c, rows, turned, BLOCK);
-            pair_rows(BLOCK, end, grad_scores, right);
-            multiply(c, end, BLOCK, turned, BLOCK, (bf16 *)right, end, sum_key, s, 1);
+            multiply(c, end, BLOCK, turned, BLOCK, tiles_of(BLOCK, end, grad_scores, end, right), sum_key, s, 1);
             transpose(BLOCK, c, grad_rows, turned, BLOCK);
-            pair_rows(BLOCK, end, narrowed, right);
-            multiply(c, end, BLOCK, turned, BLOCK, (bf16 *)right, end, sum_value, s, 1);
+            multiply(c, end, BLOCK, turned, BLOCK, tiles_of(BLOCK, end, narrowed, end, right), sum_value, s, 1);
         }
         if (head % group == group - 1) {
             narrow_transposed(seq, width, sum_key, grad_key + kv_head * seq * width);

@@ -6,6 +6,9 @@
 
 typedef uint16_t bf16;
 
+/* Into every caller, whatever its size: a constant width there becomes a constant here. */
+#define INLINE static inline __attribute__((always_inline))
+
 static inline float widen(bf16 value) {
     uint32_t bits = (uint32_t)value << 16;
     float result;
@@ -21,13 +24,14 @@ static inline bf16 narrow(float value) {
     return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : (bf16)rounded;
 }
 
-/* e^x = 2^n e^r with |r| <= ln(2) / 2; Taylor's polynomial of degree 7 is exact to fp32 there. NaN stays NaN. */
+/* e^x = 2^n e^r with |r| <= ln(2) / 2; Taylor's polynomial of degree 7 is exact to fp32 there. NaN stays NaN. The two
+ * fused steps cannot be merged into one, which would lose what ln 2 has beyond the first part. */
 static inline float exponential(float x) {
     x = x < -87.0f ? -87.0f : x;
     x = x > 88.0f ? 88.0f : x;
     float n = rintf(x * 1.44269504088896341f);
-    float r = x - n * 0.693359375f; /* ln 2 in two parts: the first times n is exact */
-    r = r + n * 2.12194440e-4f;
+    float r = fmaf(n, -0.693359375f, x); /* ln 2 in two parts: the first times n is exact */
+    r = fmaf(n, 2.12194440e-4f, r);
     float p = 1.0f / 5040;
     p = p * r + 1.0f / 720;
     p = p * r + 1.0f / 120;
@@ -36,14 +40,14 @@ static inline float exponential(float x) {
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    int32_t bits = ((int32_t)n + 127) << 23;
+    uint32_t bits = (uint32_t)((int32_t)(n == n ? n : 0.0f) + 127) << 23;
     float power;
     memcpy(&power, &bits, sizeof power);
     return p * power;
 }
 
 /* Greatest of n values, compared as integers of the same order: a maximum of floats would stay a scalar loop, because
- * of NaN. A positive NaN counts as the greatest. */
+ * of NaN. A NaN counts as the greatest or the least, by its sign: sums of exponentials are NaN with either. */
 static inline float greatest(long n, const float *values) {
     int32_t best = INT32_MIN;
     for (long i = 0; i < n; i++) {

@@ -20,7 +20,7 @@ int swiglu_forward(long rows, long width, const bf16 *pre, const bf16 *weights, 
 
 /* Its backward pass. Writes hidden again, d pre, and with weights their gradients. */
 int swiglu_backward(long rows, long width, const bf16 *pre, const bf16 *weights, const bf16 *grad,
-                     bf16 *restrict hidden, bf16 *restrict grad_pre, bf16 *restrict grad_weights) {
+                    bf16 *restrict hidden, bf16 *restrict grad_pre, bf16 *restrict grad_weights) {
     for (long row = 0; row < rows; row++) {
         const bf16 *gate = pre + 2 * width * row, *up = gate + width, *g_hidden = grad + width * row;
         bf16 *grad_gate = grad_pre + 2 * width * row, *grad_up = grad_gate + width;
@@ -42,7 +42,7 @@ int swiglu_backward(long rows, long width, const bf16 *pre, const bf16 *weights,
 
 /* out = x / sqrt(mean(x^2) + eps) * weight in fp32, keeping the factor of every row. */
 int rms_norm_forward(long rows, long width, float eps, const float *x, const float *weight, float *restrict out,
-                      float *restrict inverse) {
+                     float *restrict inverse) {
     for (long row = 0; row < rows; row++) {
         const float *v = x + width * row;
         float sum = 0.0f;
@@ -56,7 +56,7 @@ int rms_norm_forward(long rows, long width, float eps, const float *x, const flo
 
 /* Its backward pass; grad_weight must start at 0. */
 int rms_norm_backward(long rows, long width, const float *x, const float *weight, const float *inverse,
-                       const float *grad, float *restrict grad_x, float *restrict grad_weight) {
+                      const float *grad, float *restrict grad_x, float *restrict grad_weight) {
     for (long row = 0; row < rows; row++) {
         const float *v = x + width * row, *g = grad + width * row;
         float factor = inverse[row], dot = 0.0f;
@@ -71,8 +71,8 @@ int rms_norm_backward(long rows, long width, const float *x, const float *weight
 }
 
 /* One head of one position: optional RMSNorm, then rotation of the pairs (i, i + half). */
-static inline __attribute__((always_inline)) float turn_head(long half, float eps, const bf16 *x, const float *weight, const float *cos,
-                              const float *sin, bf16 *restrict out) {
+INLINE float turn_head(long half, float eps, const bf16 *x, const float *weight, const float *cos, const float *sin,
+                       bf16 *restrict out) {
     float factor = 1.0f;
     if (weight) {
         float sum = 0.0f;
@@ -90,9 +90,9 @@ static inline __attribute__((always_inline)) float turn_head(long half, float ep
 
 /* heads (B, S, H + 2 H_kv, C) -> turned query (B, H, S, C), turned key and plain value (B, H_kv, S, C).
  * cos and sin are (S, C), sin without sign in its second half. No norm weights: no norm. */
-static inline __attribute__((always_inline)) void split_forward(long half, long batch, long seq, long num_heads, long num_kv, long width, float eps, const bf16 *heads,
-                         const float *query_weight, const float *key_weight, const float *cos,
-                         const float *sin, bf16 *query, bf16 *key, bf16 *value, float *inverse) {
+INLINE void split_forward(long half, long batch, long seq, long num_heads, long num_kv, long width, float eps,
+                          const bf16 *heads, const float *query_weight, const float *key_weight, const float *cos,
+                          const float *sin, bf16 *query, bf16 *key, bf16 *value, float *inverse) {
     long all = num_heads + 2 * num_kv;
     for (long b = 0; b < batch; b++)
         for (long s = 0; s < seq; s++) {
@@ -113,8 +113,8 @@ static inline __attribute__((always_inline)) void split_forward(long half, long 
 
 /* The usual head width as a constant, so that its short loops become straight code: 2 times faster. */
 int split_heads_forward(long batch, long seq, long num_heads, long num_kv, long width, float eps, const bf16 *heads,
-                         const float *query_weight, const float *key_weight, const float *cos, const float *sin,
-                         bf16 *query, bf16 *key, bf16 *value, float *inverse) {
+                        const float *query_weight, const float *key_weight, const float *cos, const float *sin,
+                        bf16 *query, bf16 *key, bf16 *value, float *inverse) {
     if (width == 32)
         split_forward(16, batch, seq, num_heads, num_kv, 32, eps, heads, query_weight, key_weight, cos, sin, query,
                       key, value, inverse);
@@ -125,9 +125,8 @@ int split_heads_forward(long batch, long seq, long num_heads, long num_kv, long 
 }
 
 /* Gradient through turn_head; adds to grad_weight where there is one. */
-static inline __attribute__((always_inline)) void turn_head_back(long half, float factor, const bf16 *x, const float *weight,
-                                  const float *cos, const float *sin, const bf16 *grad, bf16 *restrict grad_x,
-                                  float *restrict grad_weight) {
+INLINE void turn_head_back(long half, float factor, const bf16 *x, const float *weight, const float *cos,
+                           const float *sin, const bf16 *grad, bf16 *restrict grad_x, float *restrict grad_weight) {
     float dot = 0.0f, turned[2 * half];
     for (long i = 0; i < half; i++) {
         float a = widen(grad[i]), b = widen(grad[half + i]);
@@ -149,11 +148,10 @@ static inline __attribute__((always_inline)) void turn_head_back(long half, floa
 }
 
 /* Backward pass of split_heads_forward; the norms' gradients must start at 0. */
-static inline __attribute__((always_inline)) void split_backward(long half, long batch, long seq, long num_heads, long num_kv, long width, const bf16 *heads,
-                          const float *query_weight, const float *key_weight, const float *cos,
-                          const float *sin, const float *inverse, const bf16 *grad_query, const bf16 *grad_key,
-                          const bf16 *grad_value, bf16 *grad_heads, float *grad_query_weight,
-                          float *grad_key_weight) {
+INLINE void split_backward(long half, long batch, long seq, long num_heads, long num_kv, long width, const bf16 *heads,
+                           const float *query_weight, const float *key_weight, const float *cos, const float *sin,
+                           const float *inverse, const bf16 *grad_query, const bf16 *grad_key, const bf16 *grad_value,
+                           bf16 *grad_heads, float *grad_query_weight, float *grad_key_weight) {
     long all = num_heads + 2 * num_kv;
     for (long b = 0; b < batch; b++)
         for (long s = 0; s < seq; s++) {
@@ -175,9 +173,9 @@ static inline __attribute__((always_inline)) void split_backward(long half, long
 }
 
 int split_heads_backward(long batch, long seq, long num_heads, long num_kv, long width, const bf16 *heads,
-                          const float *query_weight, const float *key_weight, const float *cos, const float *sin,
-                          const float *inverse, const bf16 *grad_query, const bf16 *grad_key, const bf16 *grad_value,
-                          bf16 *grad_heads, float *grad_query_weight, float *grad_key_weight) {
+                         const float *query_weight, const float *key_weight, const float *cos, const float *sin,
+                         const float *inverse, const bf16 *grad_query, const bf16 *grad_key, const bf16 *grad_value,
+                         bf16 *grad_heads, float *grad_query_weight, float *grad_key_weight) {
     if (width == 32)
         split_backward(16, batch, seq, num_heads, num_kv, 32, heads, query_weight, key_weight, cos, sin, inverse,
                        grad_query, grad_key, grad_value, grad_heads, grad_query_weight, grad_key_weight);

@@ -1,5 +1,5 @@
-/* The routed experts of a whole MoE layer in one pass: tokens are gathered, multiplied, weighted and summed back without
- * leaving the cache. Definition: models/expert_kernels.py, `swiglu_loop` between `dispatch` and `combine`.
+/* The routed experts of a whole MoE layer in one pass: tokens are gathered, multiplied, weighted and summed back
+ * without leaving the cache. Definition: models/expert_kernels.py, `swiglu_loop` between `dispatch` and `combine`.
  *
  *     out_t = sum over the experts e of t of  w_te * down_e( silu(gate_e(x_t)) * up_e(x_t) )
  *
@@ -8,7 +8,7 @@
  */
 #include "tiles.h"
 
-enum { ROWS = 128 }; /* of one expert at a time: with the expert's weights they fill half of a 2 MiB second-level cache */
+enum { ROWS = 128 }; /* of one expert at a time: with its weights they fill half of a 2 MiB second-level cache */
 
 /* Pairs (token, k) in the order of their experts: pairs[first[e]] to pairs[first[e + 1]] are those of e. */
 static void sort_by_expert(long count, long experts, const int64_t *ids, long *first, int32_t *pairs) {
@@ -57,20 +57,20 @@ int experts_forward(long tokens, long top_k, long experts, long width, long hidd
     for (long e = 0; e < experts; e++) {
         if (first[e] == first[e + 1]) continue;
         narrow_matrix(width, 2 * hidden_width, gate_up + e * width * 2 * hidden_width, narrowed);
-        pair_rows(d, g, narrowed, gate_up_pairs);
+        const Tiles gate_up_tiles = tiles_of(d, g, narrowed, g, gate_up_pairs);
         narrow_matrix(hidden_width, width, down + e * hidden_width * width, narrowed);
-        pair_rows(f, d, narrowed, down_pairs);
+        const Tiles down_tiles = tiles_of(f, d, narrowed, d, down_pairs);
         for (long start = first[e]; start < first[e + 1]; start += ROWS) {
             long count = first[e + 1] - start < ROWS ? first[e + 1] - start : ROWS;
             const int32_t *chunk = pairs + start;
             long height = gather(count, top_k, chunk, width, x, rows);
-            multiply(height, g, d, rows, d, (bf16 *)gate_up_pairs, g, pre, g, 0);
+            multiply(height, g, d, rows, d, gate_up_tiles, pre, g, 0);
             for (long i = 0; i < count; i++) {
                 const float *gate = pre + i * g, *up = gate + hidden_width, weight = weights[chunk[i]];
                 for (long j = 0; j < hidden_width; j++)
                     hidden[i * f + j] = narrow(weight * up[j] * gate[j] / (1.0f + exponential(-gate[j])));
             }
-            multiply(height, d, f, hidden, f, (bf16 *)down_pairs, d, result, d, 0);
+            multiply(height, d, f, hidden, f, down_tiles, result, d, 0);
             scatter_add(count, top_k, chunk, width, result, out);
         }
     }
@@ -136,30 +136,28 @@ int experts_backward(long tokens, long top_k, long experts, long width, long hid
             continue;
         }
         narrow_matrix(width, 2 * hidden_width, gate_up + e * width * 2 * hidden_width, narrowed);
-        pair_rows(d, g, narrowed, gate_up_pairs);
-        pair_columns(d, g, narrowed, gate_up_back);
+        const Tiles gate_up_tiles = tiles_of(d, g, narrowed, g, gate_up_pairs);
+        const Tiles gate_up_turned = tiles_of_transpose(d, g, narrowed, gate_up_back);
         narrow_matrix(hidden_width, width, down + e * hidden_width * width, narrowed);
-        pair_columns(f, d, narrowed, down_back);
+        const Tiles down_turned = tiles_of_transpose(f, d, narrowed, down_back);
         for (long start = first[e]; start < first[e + 1]; start += ROWS) {
             long count = first[e + 1] - start < ROWS ? first[e + 1] - start : ROWS, more = start > first[e];
             const int32_t *chunk = pairs + start;
             long height = gather(count, top_k, chunk, width, x, rows);
             gather(count, top_k, chunk, width, grad, grad_rows);
-            multiply(height, g, d, rows, d, (bf16 *)gate_up_pairs, g, pre, g, 0);
-            multiply(height, f, d, grad_rows, d, (bf16 *)down_back, f, result, f, 0);
+            multiply(height, g, d, rows, d, gate_up_tiles, pre, g, 0);
+            multiply(height, f, d, grad_rows, d, down_turned, result, f, 0);
             for (long i = 0; i < count; i++)
                 grad_weights[chunk[i]] = swiglu_row_backward(hidden_width, weights[chunk[i]], pre + i * g,
                                                              result + i * f, hidden + i * f, grad_pre + i * g);
             memset(hidden + count * f, 0, (height - count) * f * sizeof(bf16));
             memset(grad_pre + count * g, 0, (height - count) * g * sizeof(bf16));
-            multiply(height, d, g, grad_pre, g, (bf16 *)gate_up_back, d, result, d, 0);
+            multiply(height, d, g, grad_pre, g, gate_up_turned, result, d, 0);
             scatter_add(count, top_k, chunk, width, result, grad_x);
             transpose(height, d, rows, turned, height);
-            pair_rows(height, g, grad_pre, right);
-            multiply(d, g, height, turned, height, (bf16 *)right, g, sum_gate_up, g, more);
+            multiply(d, g, height, turned, height, tiles_of(height, g, grad_pre, g, right), sum_gate_up, g, more);
             transpose(height, f, hidden, turned, height);
-            pair_rows(height, d, grad_rows, right);
-            multiply(f, d, height, turned, height, (bf16 *)right, d, sum_down, d, more);
+            multiply(f, d, height, turned, height, tiles_of(height, d, grad_rows, d, right), sum_down, d, more);
         }
         unpad(width, 2 * hidden_width, sum_gate_up, g, grad_in);
         unpad(hidden_width, width, sum_down, d, grad_out);

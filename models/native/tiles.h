@@ -1,8 +1,10 @@
 /* Matmuls of bf16 blocks with fp32 sums, on the AMX unit of the processor where it has one.
  *
  * The unit multiplies tiles: A of 16 rows x 32 values, row-major; B of 32 x 16 values in *pairs*, the two values of
- * rows 2k and 2k + 1 side by side; C of 16 x 16 fp32 sums (Intel 64 and IA-32 manual, volume 2, TDPBF16PS). A matrix in
- * pairs, written (rows / 2, columns, 2) below, is therefore what every right operand must be brought into.
+ * rows 2k and 2k + 1 side by side; C of 16 x 16 fp32 sums (Intel 64 and IA-32 manual, volume 2, TDPBF16PS). A left
+ * operand may lie in memory as it is; a right operand is brought into `Tiles`: one tile of B after the other, all of
+ * the first 16 columns first. A tile is then 16 whole cache lines side by side; rows at a distance of a power of two
+ * would fall into the same few sets of the cache.
  *
  * All sizes are multiples of BLOCK; callers pad with zeros.
  */
@@ -11,7 +13,12 @@
 
 #include "common.h"
 
-enum { BLOCK = 32 };
+enum { BLOCK = 32, TILE_PAIRS = 16 * 16 };
+
+typedef struct {
+    uint32_t *pairs; /* (columns / 16, rows / 32, 16, 16): two values each */
+    long row_tiles;  /* rows / 32 */
+} Tiles;
 
 static inline long padded(long size) { return (size + BLOCK - 1) / BLOCK * BLOCK; }
 
@@ -39,9 +46,11 @@ static inline int tiles_allowed(void) {
     return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 
-/* c (32, 32) = or += a (32, k) b (k, 32): two by two tiles, so that each loaded tile is used twice. */
-static inline void multiply_block(long k, const bf16 *a, long lda, const bf16 *b, long ldb, float *c, long ldc,
+/* c (32, 32) = or += a (32, k) b (k, 32): two by two tiles, so that each loaded tile is used twice. b is the first
+ * tile of the first 16 columns, `next` pairs before that of the other 16. */
+static inline void multiply_block(long k, const bf16 *a, long lda, const uint32_t *b, long next, float *c, long ldc,
                                   int accumulate) {
+    __asm__ volatile("" ::: "memory"); /* gcc 12 does not know that a tile load reads memory */
     if (accumulate) {
         _tile_loadd(0, c, 4 * ldc);
         _tile_loadd(1, c + 16, 4 * ldc);
@@ -53,12 +62,11 @@ static inline void multiply_block(long k, const bf16 *a, long lda, const bf16 *b
         _tile_zero(2);
         _tile_zero(3);
     }
-    for (long i = 0; i < k; i += BLOCK) {
-        const bf16 *pairs = b + i * ldb;
+    for (long i = 0; i < k; i += BLOCK, b += TILE_PAIRS) {
         _tile_loadd(4, a + i, 2 * lda);
-        _tile_loadd(6, pairs, 4 * ldb);
+        _tile_loadd(6, b, 64);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, pairs + 32, 4 * ldb);
+        _tile_loadd(7, b + next, 64);
         _tile_dpbf16ps(1, 4, 7);
         _tile_loadd(5, a + 16 * lda + i, 2 * lda);
         _tile_dpbf16ps(2, 5, 6);
@@ -76,35 +84,51 @@ static void tiles_end(void) {}
 static inline int tiles_allowed(void) { return 0; }
 
 /* The same in plain C, for processors without the unit: correct, not fast. */
-static inline void multiply_block(long k, const bf16 *a, long lda, const bf16 *b, long ldb, float *c, long ldc,
+static inline void multiply_block(long k, const bf16 *a, long lda, const uint32_t *b, long next, float *c, long ldc,
                                   int accumulate) {
     for (long row = 0; row < BLOCK; row++)
         for (long column = 0; column < BLOCK; column++) {
+            const uint32_t *pairs = b + column / 16 * next + column % 16;
             float sum = accumulate ? c[row * ldc + column] : 0.0f;
-            for (long i = 0; i < k; i++)
-                sum += widen(a[row * lda + i]) * widen(b[(i / 2 * ldb + column) * 2 + i % 2]);
+            for (long i = 0; i < k; i += 2, pairs += 16)
+                sum += widen(a[row * lda + i]) * widen((bf16)*pairs) +
+                       widen(a[row * lda + i + 1]) * widen((bf16)(*pairs >> 16));
             c[row * ldc + column] = sum;
         }
 }
 #endif
 
-/* c (m, n) = or += a (m, k) b (k, n); b in pairs, lda, ldb and ldc in values of one row. */
-static void multiply(long m, long n, long k, const bf16 *a, long lda, const bf16 *b, long ldb, float *c, long ldc,
-                     int accumulate) {
+/* c (m, n) = or += a (m, k) b (k, n), with the first k rows and n columns of b; lda and ldc in values of one row. */
+static void multiply(long m, long n, long k, const bf16 *a, long lda, Tiles b, float *c, long ldc, int accumulate) {
+    const long next = b.row_tiles * TILE_PAIRS;
     for (long column = 0; column < n; column += BLOCK)
         for (long row = 0; row < m; row += BLOCK)
-            multiply_block(k, a + row * lda, lda, b + 2 * column, ldb, c + row * ldc + column, ldc, accumulate);
+            multiply_block(k, a + row * lda, lda, b.pairs + column / 16 * next, next, c + row * ldc + column, ldc,
+                           accumulate);
 }
 
 /* Two bf16 values as they lie side by side in memory. */
 static inline uint32_t pair(bf16 first, bf16 second) { return first | (uint32_t)second << 16; }
 
-/* source (rows, columns) -> the same in pairs; rows even. */
-static void pair_rows(long rows, long columns, const bf16 *source, uint32_t *restrict pairs) {
+/* The right operand b = source (rows, columns), whose rows are `stride` values apart. */
+static inline Tiles tiles_of(long rows, long columns, const bf16 *source, long stride, uint32_t *restrict pairs) {
     for (long row = 0; row < rows; row += 2) {
-        const bf16 *first = source + row * columns, *second = first + columns;
-        for (long i = 0; i < columns; i++) pairs[row / 2 * columns + i] = pair(first[i], second[i]);
+        const bf16 *first = source + row * stride, *second = first + stride;
+        uint32_t *to = pairs + row / 32 * TILE_PAIRS + row % 32 / 2 * 16;
+        for (long column = 0; column < columns; column += 16, to += rows / 32 * TILE_PAIRS)
+            for (long i = 0; i < 16; i++) to[i] = pair(first[column + i], second[column + i]);
     }
+    return (Tiles){pairs, rows / 32};
+}
+
+/* The right operand b = source^T (columns, rows), of source (rows, columns). */
+static inline Tiles tiles_of_transpose(long rows, long columns, const bf16 *source, uint32_t *restrict pairs) {
+    for (long row = 0; row < rows; row++) {
+        const bf16 *values = source + row * columns;
+        uint32_t *to = pairs + row / 16 * (columns / 32) * TILE_PAIRS + row % 16;
+        for (long i = 0; i < columns / 2; i++) to[i * 16] = pair(values[2 * i], values[2 * i + 1]);
+    }
+    return (Tiles){pairs, columns / 32};
 }
 
 /* source (rows, columns) -> its transpose (columns, rows), row-major with `stride` values in a row; rows even. */
@@ -128,23 +152,18 @@ static inline void narrow_matrix(long rows, long columns, const float *source, b
     memset(result + rows * width, 0, (height - rows) * width * sizeof(bf16));
 }
 
-/* source (rows, columns) -> its transpose in pairs (columns / 2, rows, 2): the right operand of x source^T. */
-static void pair_columns(long rows, long columns, const bf16 *source, uint32_t *restrict pairs) {
-    for (long row = 0; row < rows; row++)
-        for (long i = 0; i < columns; i += 2)
-            pairs[i / 2 * rows + row] = pair(source[row * columns + i], source[row * columns + i + 1]);
-}
-
 /* Working memory of one call of a kernel. */
+enum { MOST_BLOCKS = 24 };
+
 typedef struct {
-    void *blocks[16];
+    void *blocks[MOST_BLOCKS];
     int count, failed;
 } Scratch;
 
 /* Zeroed, aligned to a cache line. Where the machine has no memory left: NULL, and `failed` is set. */
 static void *take(Scratch *scratch, size_t count, size_t size) {
     size_t bytes = (count * size + 63) / 64 * 64;
-    void *block = aligned_alloc(64, bytes);
+    void *block = scratch->count < MOST_BLOCKS ? aligned_alloc(64, bytes) : NULL;
     if (block == NULL) return scratch->failed = 1, NULL;
     scratch->blocks[scratch->count++] = block;
     return memset(block, 0, bytes);
