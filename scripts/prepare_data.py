@@ -8,13 +8,11 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra import compose, initialize_config_module
-from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+import yaml
 
+from train.compose import compose
 from train.data import DataConfig
+from train.identity import to_plain
 from train.prepare import prepare
 
 
@@ -29,23 +27,14 @@ class PrepareDataConfig:
 def main(overrides: list[str]) -> int:
     if {"-h", "--help"} & set(overrides):
         print(__doc__)
-        print(OmegaConf.to_yaml(OmegaConf.structured(DataConfig)))
+        print(yaml.safe_dump({"data": to_plain(DataConfig())}, sort_keys=False))
         return 0
-    ConfigStore.instance().store(name="prepare_data", node=PrepareDataConfig)
     started = time.monotonic()
     try:
-        with initialize_config_module("conf", version_base="1.3"):
-            cfg = OmegaConf.to_object(compose("prepare_data", overrides).data)
-        assert isinstance(cfg, DataConfig)
-        prepared = prepare(cfg)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        cause = (
-            f" ({str(error.__cause__).splitlines()[0]})"
-            if isinstance(error, HydraException) and error.__cause__
-            else ""
-        )
-        print(f"error: {error}{cause}", file=sys.stderr)
-        return 1
+        prepared = prepare(compose(PrepareDataConfig, "prepare_data", "prepare_data", overrides).data)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     source = prepared.provenance
     print(
         f"{prepared.path}: {prepared.num_train_tokens:,} training and {prepared.num_val_tokens:,} validation tokens, "

@@ -4,17 +4,14 @@ The settings are those of a single run (they describe the rho = 1 base and the t
 `sweep` group. Exit codes: 0 done, 1 trials failed (the report is still made), 2 wrong settings or data, 130 stopped.
 """
 
+import argparse
 import dataclasses
 import sys
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-import hydra
 import torch
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from sweeps.collect import collect, speeds, val_losses
@@ -25,13 +22,17 @@ from sweeps.processes import FolderBusyError
 from sweeps.report import build_report, read_conclusion
 from sweeps.runner import Command, Summary, peak_disk_bytes, pretrain_command, run_trials
 from sweeps.settings import SweepConfig, folder_of
-from sweeps.trial import Plan, read_plan, write_plan
+from sweeps.trial import PYTHON, Plan, read_plan, write_plan
+from train.compose import compose
 from train.config import Config
 from train.identity import differing_settings
 from train.prepare import PreparedData, open_prepared, prepare
 from train.shards import NotPreparedError
 
 EXIT_FAILED_TRIALS, EXIT_SETTINGS, EXIT_STOPPED = 1, 2, 130  # 130: ended by Ctrl-C, the shells' convention
+
+# Settings of a single run that a sweep decides for every trial.
+_OF_A_RUN = {"seed": "use sweep.seeds=[0,1]", "run_dir": "use sweep.root=<folder> and sweep.name=<name>"}
 
 LOG_WIDTH = 160  # columns where the output is a file: the plan's table fits
 
@@ -52,27 +53,34 @@ class SweepRoot(Config):
     action: Action = Action.plan
 
 
-ConfigStore.instance().store(name="sweep_schema", node=SweepRoot)
-
-
-@hydra.main(config_path="../conf", config_name="sweep", version_base="1.3")
-def main(composed: DictConfig) -> None:
-    """Compose, check, act."""
+def main(arguments: list[str]) -> int:
+    """Compose, check, act; the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sweeps.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="setting=value")
+    overrides = parser.parse_args(arguments).overrides
     try:
-        sys.exit(act(from_dictconfig(composed)))
-    except (ValueError, OSError, FolderBusyError, OmegaConfBaseException) as error:
+        return act(compose_sweep(overrides))
+    except (ValueError, OSError, FolderBusyError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_SETTINGS)
+        return EXIT_SETTINGS
     except KeyboardInterrupt:
         print("stopped before any trial was started", file=sys.stderr)
-        sys.exit(EXIT_STOPPED)
+        return EXIT_STOPPED
 
 
-def from_dictconfig(composed: DictConfig) -> SweepRoot:
-    """Plain dataclasses from what Hydra composed."""
-    root = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SweepRoot), composed))
-    assert isinstance(root, SweepRoot)
-    return root
+def compose_sweep(overrides: list[str]) -> SweepRoot:
+    """The sweep that `conf/sweep.yaml` and the command line describe.
+
+    Raises:
+        ValueError: one line with the setting, its value, and the name that was perhaps meant.
+    """
+    for word in overrides:
+        for name, instead in _OF_A_RUN.items():
+            if word.lstrip("+").startswith(f"{name}="):
+                raise ValueError(f"{word}: a sweep sets {name} of its trials itself; {instead}")
+    return compose(SweepRoot, "sweep_schema", "sweep", overrides)
 
 
 def act(root: SweepRoot, command: Command = pretrain_command) -> int:
@@ -90,7 +98,7 @@ def act(root: SweepRoot, command: Command = pretrain_command) -> int:
         return 0
     make_plan(root, None, folder)  # wrong settings are found before the data are prepared, which takes minutes
     planner, plan = make_plan(root, prepare(root.data), folder)
-    plan.command = ["python", "-m", "sweeps.run", *sys.argv[1:]]
+    plan.command = [PYTHON, "-m", "sweeps.run", *sys.argv[1:]]
     write_plan(plan, folder)
     _show(plan, folder, console)
     try:
@@ -188,4 +196,4 @@ def _report(folder: Path, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

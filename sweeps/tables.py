@@ -13,7 +13,7 @@ from sweeps.forms import LABELS
 from sweeps.gains import CONTROLS
 from sweeps.noise import Interval
 from sweeps.sweep_folder import SweepRecord, TrialRecord
-from sweeps.trial import PAPER_TOKENS_PER_PARAM, pretrain_arguments
+from sweeps.trial import PAPER_TOKENS_PER_PARAM, PYTHON, pretrain_arguments
 
 
 @dataclass
@@ -221,10 +221,10 @@ def reproduce(sweep: SweepRecord) -> dict[str, str]:
     if isinstance(command, list):
         command = shlex.join(map(str, command))
     trial = next((str(t.row["trial_id"]) for t in sweep.trials), "TRIAL_ID")
-    words = ["python", *pretrain_arguments(str(sweep.path.resolve() / "trials" / trial)), "run_dir=runs/again"]
+    words = [PYTHON, *pretrain_arguments(str(sweep.path.resolve() / "trials" / trial)), "run_dir=runs/again"]
     return {
         "sweep": str(command or _sweep_command(sweep)),
-        "report": f"python -m sweeps.report {shlex.quote(folder)}",
+        "report": f"{PYTHON} -m sweeps.report {shlex.quote(folder)}",
         "trial": shlex.join(words),
     }
 
@@ -245,7 +245,7 @@ def _sweep_command(sweep: SweepRecord) -> str:
     chosen = next((t.rho for t in trials if t.kind in ("no_module", "one_row")), None)
     settings += [("sweep.control_rho", chosen)] if chosen is not None else []
     settings += [pair for pair in _flat(identity) if pair[0] != "data.fingerprint"]
-    words = ["python", "-m", "sweeps.run", "action=run", *(f"{name}={_setting(value)}" for name, value in settings)]
+    words = [PYTHON, "-m", "sweeps.run", "action=run", *(f"{name}={_setting(value)}" for name, value in settings)]
     return " ".join(shlex.quote(word) for word in words)
 
 

@@ -19,16 +19,10 @@ from train.identity import identity_hash
 
 SCHEMA_VERSION = 1  # of plan.json
 PLAN_FILE = "plan.json"
+PYTHON = ".venv/bin/python"  # how commands shown to a user begin; they are given in the project's folder
 # Engram, arXiv 2601.07372, section 3.1: 2e20 FLOPs and 568M active parameters give 58.7B tokens at 6 FLOPs per active
 # parameter and token; 5.7B parameters in all.
 PAPER_TOKENS_PER_PARAM = 58.7e9 / 5.7e9
-# Hydra would otherwise write a dated folder and a log of its own: a run's own folder has both.
-_HYDRA_WRITES_NOTHING = (
-    "hydra.run.dir=.",
-    "hydra.output_subdir=null",
-    "hydra/job_logging=none",
-    "hydra/hydra_logging=none",
-)
 
 
 class TrialKind(str, Enum):
@@ -93,7 +87,7 @@ def trial_id(config: dict[str, Any]) -> str:
 
 def pretrain_arguments(folder: str) -> list[str]:
     """Arguments of Python that start, or continue, the run that `<folder>/config.yaml` describes."""
-    return ["-m", "train.pretrain", "--config-path", folder, "--config-name", "config", *_HYDRA_WRITES_NOTHING]
+    return ["-m", "train.pretrain", "--config-path", folder, "--config-name", "config"]
 
 
 def write_plan(plan: Plan, sweep_dir: Path) -> None:

@@ -15,8 +15,8 @@ FORBIDDEN = {
 ONLY_IN = {
     "deepspeed": {"train/engine.py"},
     "wandb": {"train/metrics.py"},
-    "hydra": {"train/config.py", "train/pretrain.py", "sweeps/run.py", "sweeps/plan.py"},
-    "omegaconf": {"train/config.py", "train/pretrain.py", "sweeps/run.py", "sweeps/plan.py"},
+    "hydra": {"train/compose.py"},
+    "omegaconf": {"train/compose.py"},
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from models.accounting import count_parameters, flops_per_token
@@ -19,7 +19,7 @@ from models.moe import MoEConfig
 from models.transformer import TransformerConfig
 from sweeps.plan import STARTUP_SECONDS, Machine, Planner, planned_seconds
 from sweeps.plan_table import plan_table, short
-from sweeps.run import from_dictconfig
+from sweeps.run import compose_sweep
 from sweeps.settings import KeepCheckpoints, SweepConfig
 from sweeps.trial import Plan, Trial, TrialKind, read_plan, trial_id, write_plan
 from train.config import Config, config_hash, load_config, to_plain, to_yaml
@@ -56,8 +56,7 @@ def make(settings: SweepConfig | None = None, config: Config | None = None, **ch
 
 def load_sweep_base() -> Config:
     """What the trials of the default sweep share."""
-    with initialize_config_dir(str(Path(__file__).resolve().parent.parent / "conf"), version_base="1.3"):
-        root = from_dictconfig(compose("sweep"))
+    root = compose_sweep([])
     return Config(**{field.name: getattr(root, field.name) for field in dataclasses.fields(Config)})
 
 
@@ -148,11 +147,7 @@ def test_costs_are_the_accounting_of_the_arm() -> None:
 
 
 def _model_of(plain: dict) -> TransformerConfig:
-    from omegaconf import OmegaConf
-
-    from train.config import from_dictconfig
-
-    return from_dictconfig(OmegaConf.create(plain)).model  # type: ignore[arg-type]
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain)).model
 
 
 def test_estimates_follow_finished_trials() -> None:

@@ -210,7 +210,7 @@ def test_remains_of_a_killed_preparation_are_replaced(cfg: DataConfig) -> None:
 
 
 def test_planned_fingerprint_is_checked(cfg: DataConfig) -> None:
-    with pytest.raises(DataError, match=r"holds no data prepared with these settings; run python -m scripts"):
+    with pytest.raises(DataError, match=r"holds no data prepared with these settings; run make prepare"):
         open_prepared(cfg)
     fingerprint = prepare(cfg).fingerprint
     assert prepare(replace(cfg, fingerprint=fingerprint)).fingerprint == fingerprint
@@ -274,7 +274,7 @@ def test_tiny_config_trains_within_one_epoch(tmp_path: Path) -> None:
 def test_command_ends_with_one_message(
     overrides: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert main([*overrides, f"data.root={tmp_path}"]) == 1
+    assert main([*overrides, f"data.root={tmp_path}"]) == 2
     output = capsys.readouterr()
     assert output.err.startswith("error: ") and message in output.err and "Traceback" not in output.err
     assert not list(tmp_path.iterdir())

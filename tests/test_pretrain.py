@@ -7,11 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_module
-from hydra.errors import ConfigCompositionException
-from omegaconf.errors import OmegaConfBaseException
 
-from train.config import Config, compose_config, config_hash, from_dictconfig, load_config, register_schema, to_yaml
+from train.config import Config, compose_config, config_hash, load_config, to_yaml
 from train.pretrain import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,9 +17,7 @@ DATA = sorted(path.stem for path in (ROOT / "conf" / "data").glob("*.yaml"))
 
 
 def composed(*overrides: str) -> Config:
-    register_schema()
-    with initialize_config_module("conf", version_base="1.3"):
-        return from_dictconfig(compose("train", overrides=list(overrides)))
+    return compose_config(None, "train", list(overrides))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -59,7 +54,7 @@ def test_identity_is_what_is_computed_not_where() -> None:
     ],
 )
 def test_wrong_settings_are_named(override: str, named: str) -> None:
-    with pytest.raises((ValueError, OmegaConfBaseException, ConfigCompositionException), match=named):
+    with pytest.raises(ValueError, match=named):
         composed(override)
 
 
@@ -119,11 +114,6 @@ def test_a_wrong_setting_in_a_file_is_named(tmp_path: Path) -> None:
         (tmp_path / "config.yaml").write_text(wrong)
         with pytest.raises(ValueError, match=message):
             compose_config(tmp_path, "config", ["seed=2"])
-
-
-def test_overrides_of_hydra_are_harmless() -> None:
-    hydra = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
-    assert compose_config(None, "train", hydra) == composed()
 
 
 def test_a_file_as_run_dir_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,24 +1,18 @@
 """The root configuration: one dataclass per component, composed by Hydra, seen by nobody below the entry point.
 
-A default lives in the dataclass beside the class that uses it; `conf/` holds only differences. This file joins them,
-turns a composed DictConfig into plain objects, and checks what concerns more than one component.
+A default lives in the dataclass beside the class that uses it; `conf/` holds only differences. This file joins them and
+checks what concerns more than one component.
 """
 
 import os
-from dataclasses import dataclass, field, fields, is_dataclass
-from difflib import get_close_matches
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import yaml
-from hydra import compose, initialize_config_dir, initialize_config_module
-from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from models.memory_table import MemoryOptimConfig
 from models.transformer import TransformerConfig
+from train.compose import compose
 from train.data import DataConfig
 from train.engine import EngineConfig, resolve_native, resolve_precision
 from train.identity import identity_hash, to_plain
@@ -27,8 +21,6 @@ from train.metrics import LogConfig
 from train.optim import OptimConfig
 from train.run_folder import SCHEMA_VERSION
 from train.schedule import ScheduleConfig
-
-_CONF = Path(__file__).resolve().parents[1] / "conf"  # its folders are Hydra's config groups
 
 
 @dataclass
@@ -47,43 +39,13 @@ class Config:
     run_dir: str = "runs/train"  # folder of this run, relative to the working directory
 
 
-def register_schema() -> None:
-    """Make the dataclasses the schema that Hydra checks `conf/` and the command line against."""
-    ConfigStore.instance().store(name="train_schema", node=Config)
-
-
-def from_dictconfig(composed: DictConfig) -> Config:
-    """Plain dataclasses from what Hydra composed; unknown settings and wrong types fail with the full path.
-
-    Raises:
-        ValueError, omegaconf.errors.OmegaConfBaseException: naming the setting.
-    """
-    plain = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(plain, dict)
-    plain.pop("schema_version", None)
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
-    assert isinstance(config, Config)
-    return config
-
-
 def compose_config(folder: Path | None, name: str, overrides: list[str]) -> Config:
-    """The configuration of `conf/<name>.yaml`, or of `<folder>/<name>.yaml`, with `overrides`; writes nothing.
+    """The run that `conf/<name>.yaml`, or `<folder>/<name>.yaml`, describes, with `overrides`; writes nothing.
 
     Raises:
         ValueError: one line with the setting, its value, and the name that was perhaps meant.
     """
-    register_schema()
-    if folder is not None and not (folder / f"{name}.yaml").is_file():
-        raise ValueError(f"--config-path={folder} --config-name={name}: there is no file {folder / name}.yaml")
-    try:
-        with (
-            initialize_config_module("conf", version_base="1.3")
-            if folder is None
-            else initialize_config_dir(str(folder.resolve()), version_base="1.3")
-        ):
-            return from_dictconfig(compose(name, overrides=overrides))
-    except (HydraException, OmegaConfBaseException, AssertionError, yaml.YAMLError) as error:
-        raise ValueError(_explain(error, overrides)) from error
+    return compose(Config, "train_schema", name, overrides, folder)
 
 
 def load_config(path: Path) -> Config:
@@ -93,58 +55,9 @@ def load_config(path: Path) -> Config:
         ValueError: it is not one.
     """
     try:
-        loaded = OmegaConf.load(path)
-        assert isinstance(loaded, DictConfig)
-        return from_dictconfig(loaded)
-    except (OmegaConfBaseException, AssertionError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is not the configuration of a run ({_explain(error, [])})") from error
-
-
-def setting_names(component: type = Config, prefix: str = "") -> list[str]:
-    """Dotted names of all settings, also of the parts that a model need not have."""
-    names = []
-    types = get_type_hints(component)
-    for setting in fields(component):
-        inner = [part for part in (types[setting.name], *get_args(types[setting.name])) if is_dataclass(part)]
-        names.append(prefix + setting.name)
-        for part in inner:
-            assert isinstance(part, type)
-            names += setting_names(part, f"{prefix}{setting.name}.")
-    return names
-
-
-def _explain(error: BaseException, overrides: list[str]) -> str:
-    """One line on what Hydra or OmegaConf refused."""
-    names = setting_names()
-    for text in overrides:
-        name = text.split("=")[0].lstrip("+~").split("@")[0]
-        free = name.startswith(("engine.deepspeed.", "hydra.", "hydra/")) or (_CONF / name).is_dir()
-        if name not in names and not free:
-            return f"{text}: there is no setting {name}{_closest(name, names)}"
-        if "=" not in text and not text.startswith("~"):
-            return f"{text}: a setting is given as name=value"
-    if isinstance(error, AssertionError):  # from Hydra, whose message says nothing
-        return f"{' '.join(overrides)}: a setting below a part that is null; choose one that has it (model=tiny_engram)"
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(error).__name__]
-    if "Could not find" in lines[0]:  # then come the options that there are, and where was searched
-        lines = [line for line in lines if not line.startswith(("Available options", "provider"))]
-        options = [line for line in lines[1:] if not line.startswith("Config search path")]
-        lines[0] += f"; there are: {', '.join(options)}"
-    key = str(getattr(cause, "full_key", None) or "")
-    if key and key not in names:
-        return f"there is no setting {key}{_closest(key, names)} ({lines[0]})"
-    given = next((text for text in overrides if text in str(error) or text == getattr(error, "override", None)), key)
-    return f"{given}: {lines[0]}".removeprefix(": ")
-
-
-def _closest(name: str, names: list[str]) -> str:
-    """The existing name nearest to `name`: by the whole, else by its last part alone."""
-    found = get_close_matches(name, names, n=1, cutoff=0.7)
-    if not found:
-        last = {known.split(".")[-1]: known for known in reversed(names)}
-        found = [last[part] for part in get_close_matches(name.split(".")[-1], list(last), n=1)]
-    return f"; did you mean {found[0]}?" if found else ""
+        return compose(Config, "train_schema", path.stem, [], path.parent)
+    except ValueError as error:
+        raise ValueError(f"{path} is not the configuration of a run ({error})") from error
 
 
 def to_yaml(config: Config) -> str:

@@ -87,7 +87,7 @@ def open_prepared(cfg: DataConfig) -> PreparedData:
     folder = _indexed_folder(Path(cfg.root), _request_key(cfg))
     if folder is None:
         raise NotPreparedError(
-            f"data.root={cfg.root} holds no data prepared with these settings; run python -m scripts.prepare_data"
+            f"data.root={cfg.root} holds no data prepared with these settings; run make prepare with them"
         )
     return _open_checked(folder, cfg)
 

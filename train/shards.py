@@ -221,7 +221,7 @@ def open_folder(folder: Path) -> PreparedData:
 
 
 def _remedy(folder: Path) -> str:
-    return f"delete the folder {folder} and prepare again (python -m scripts.prepare_data)"
+    return f"delete the folder {folder} and prepare again (make prepare)"
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
