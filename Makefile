@@ -24,7 +24,7 @@ setup: $(STAMP) ## make .venv with pinned versions (other targets do it by thems
 
 # --- the two commands -------------------------------------------------------------------------------------------------
 
-sweep: $(STAMP) ## the default sweep: about 20 minutes on two cores, ends with the allocation curve (ARGS="sweep.seeds=[0,1,2]")
+sweep: $(STAMP) ## the default sweep: about 15 minutes on two cores, ends with the allocation curve (ARGS="sweep.seeds=[0,1,2]")
 	@$(BIN)/python -m sweeps.run sweep=default action=run $(ARGS)
 
 test: $(STAMP) ## lint, types and the fast tests
@@ -51,8 +51,9 @@ prepare: $(STAMP) ## tokenise the corpus (ARGS="data=datasets data.data_files=[m
 train: $(STAMP) ## train one model (ARGS="model=tiny_engram train.max_steps=200 run_dir=runs/mine")
 	@$(BIN)/python -m train.pretrain $(ARGS)
 
-generate: $(STAMP) ## continue a text with a trained model (RUN=runs/mine PROMPT="def main(")
-	@$(BIN)/python -m train.generate "$(RUN)" "$(PROMPT)" $(ARGS)
+generate: export ENGRAM_PROMPT = $(value PROMPT)
+generate: $(STAMP) ## continue a text with a trained model (RUN=runs/mine PROMPT='def main(')
+	@$(BIN)/python -m train.generate "$(RUN)" $(ARGS)
 
 bench: $(STAMP) ## training step against Hugging Face and against table size; tables in benchmarks/results
 	@$(BIN)/python -m scripts.bench_train $(ARGS)

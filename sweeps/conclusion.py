@@ -38,7 +38,7 @@ def _place(fit: AllocationFit) -> str:
         "a trial may have gone wrong (see the training curves).",
         Verdict.flat: f"over rho {between} the losses differ by no more than the noise explains.",
         Verdict.too_few_points: f"{len(fit.arms)} value{'s' if len(fit.arms) != 1 else ''} of rho finished; "
-        "at least 5 are needed to tell an interior minimum from chance.",
+        "at least 5 are needed to tell an interior minimum from chance. This sweep claims nothing about rho.",
         Verdict.too_few_seeds: "there are too few paired seeds to know the noise: at least 2 seeds shared by at least "
         "5 values of rho are needed.",
     }

@@ -193,7 +193,8 @@ def provenance(sweep: SweepRecord) -> Table:
             for name, value in _flat(result.get(source)):
                 add(name, value)
         for name in ("epochs", "val_tokens", "mfu_convention"):
-            add(name.replace("_", " "), result.get(name))
+            value = result.get(name)
+            add(name.replace("_", " "), f"{value:.3g}" if isinstance(value, float) else value)
     data = (sweep.plan.get("identity") or {}).get("data") if isinstance(sweep.plan.get("identity"), dict) else None
     for name, value in _flat(data):
         add(f"data.{name}", value)

@@ -207,6 +207,7 @@ def test_no_network_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("a.txt", b"", r"a\.txt is empty"),
         ("a.txt", b"abc\0def", r"a\.txt has a NUL byte at byte 3: it is binary"),
+        ("a.txt", "caf\u00e9".encode("utf-16"), r"a\.txt is UTF-16, not UTF-8; .*iconv -f utf-16"),
         ("a.txt", b"caf\xe9 au lait", r"a\.txt is not UTF-8 at byte 3 .*iconv"),
         ("a.jsonl", b'{"text": "caf\xe9"}\n', r"a\.jsonl is not UTF-8 at byte 13"),
         ("a.txt", "cut é".encode()[:-1], r"a\.txt is not UTF-8 at byte 4"),

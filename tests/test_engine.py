@@ -15,7 +15,15 @@ from models.moe import MoEConfig
 from models.ngram_hash import NgramHasher, num_rows
 from models.router import RouterConfig
 from models.transformer import Transformer, TransformerConfig
-from train.engine import DEEPSPEED_SETTINGS, Engine, EngineConfig, NativeKernels, Precision, resolve_native
+from train.engine import (
+    DEEPSPEED_SETTINGS,
+    Engine,
+    EngineConfig,
+    NativeKernels,
+    Precision,
+    resolve_native,
+    resolve_threads,
+)
 from train.finite import NonFiniteLossError
 from train.optim import OptimConfig, OptimizerKind
 
@@ -292,3 +300,19 @@ def test_native_kernels_are_resolved_to_what_works_here(
 def test_native_kernels_with_several_threads_are_refused() -> None:
     with pytest.raises(ValueError, match=r"native_kernels=matrices .* one thread .*num_threads=2.*off"):
         resolve_native(EngineConfig(num_threads=2, native_kernels=NativeKernels.matrices))
+
+
+@pytest.mark.parametrize(
+    ("precision", "library", "cores", "expected"),
+    [
+        (Precision.bf16, object(), 2, 1),
+        (Precision.bf16, object(), 16, 16),
+        (Precision.bf16, None, 2, 2),
+        (Precision.fp32, object(), 2, 2),
+    ],
+)
+def test_threads_follow_the_kernels(monkeypatch, precision, library, cores, expected) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(native, "library", lambda: library)
+    monkeypatch.setattr(native, "matrix_unit", lambda: True)
+    assert resolve_threads(EngineConfig(precision=precision), cores) == expected

@@ -1,5 +1,6 @@
 """Generation from a run's folder: causal, with memory and averages, and clear errors."""
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,31 @@ def test_generation_says_in_one_line_what_is_wrong(
     assert generate_main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and named in err and len(err.splitlines()) == 1
+
+
+def test_make_hands_the_prompt_over_as_it_is(tmp_path: Path) -> None:
+    """Quotes, backquotes and dollars are text of the prompt, not of a shell."""
+    root = Path(__file__).resolve().parent.parent
+    shown = tmp_path / "python"
+    shown.write_text('#!/bin/sh\nprintf "%s" "$ENGRAM_PROMPT"\n')
+    shown.chmod(0o755)
+    prompt = "x = \"a b\" + 'c' `id` $(id) $HOME"
+    done = subprocess.run(
+        ["make", "-s", "generate", f"BIN={tmp_path}", f"STAMP={shown}", "RUN=r", f"PROMPT={prompt}"],
+        capture_output=True,
+        text=True,
+        cwd=root,
+    )
+    assert done.stdout == prompt, done.stderr
+
+
+def test_the_prompt_comes_from_the_environment(
+    data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(make(data_root, tmp_path / "run"))
+    monkeypatch.setenv("ENGRAM_PROMPT", "import ")
+    assert generate_main([str(tmp_path / "run"), "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().out.startswith("import ")
+    monkeypatch.delenv("ENGRAM_PROMPT")
+    assert generate_main([str(tmp_path / "run")]) == 2
+    assert "PROMPT is empty" in capsys.readouterr().err

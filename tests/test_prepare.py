@@ -278,3 +278,14 @@ def test_command_ends_with_one_message(
     output = capsys.readouterr()
     assert output.err.startswith("error: ") and message in output.err and "Traceback" not in output.err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_root_that_cannot_be_written_is_named(capsys: pytest.CaptureFixture) -> None:
+    assert main(["data.root=/proc/nope"]) == 2
+    assert capsys.readouterr().err.startswith("error: data.root=/proc/nope cannot be written (")
+
+
+def test_a_vocabulary_larger_than_the_text_gives_is_noted(cfg: DataConfig, capsys: pytest.CaptureFixture) -> None:
+    prepared = prepare(replace(cfg, vocab_size=60_000))
+    assert prepared.vocab_size < 60_000
+    assert f"data.vocab_size={prepared.vocab_size} would fit" in capsys.readouterr().err

@@ -284,7 +284,10 @@ def test_damaged_checkpoint_is_named_and_nothing_is_overwritten(data_root: Path,
     [
         ({"train": {"global_batch_tokens": 300}}, r"train.global_batch_tokens=300.*4 \* 32 = 128.*256 or 384"),
         ({"train": {"eval_tokens": 31}}, r"train.eval_tokens=31 must be >= model.seq_len=32.*nearest: 32"),
-        ({"schedule": {"warmup_steps": 8}}, r"schedule.warmup_steps=8 must be < train.max_steps=8; nearest: 7"),
+        (
+            {"schedule": {"warmup_steps": 8}},
+            r"schedule.warmup_steps=8 must be < train.max_steps=8; nearest: 7, usual: a tenth",
+        ),
         ({"model": {"vocab_size": 100}}, r"model.vocab_size=100 must equal data.vocab_size=320"),
     ],
 )
@@ -298,6 +301,13 @@ def test_settings_that_do_not_fit_each_other(
     with pytest.raises(ValueError, match=message):
         run(cfg)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_a_folder_is_refused(data_root: Path, tmp_path: Path) -> None:
+    cfg = make(data_root, tmp_path)
+    cfg.run_dir = " "
+    with pytest.raises(ValueError, match=r"run_dir= is empty.*runs/mine"):
+        run(cfg)
 
 
 def test_other_data_than_planned_is_refused(data_root: Path, tmp_path: Path) -> None:

@@ -74,3 +74,22 @@ def test_the_last_step_is_known_at_the_next_start(tmp_path: Path) -> None:
         assert folder.step == 7
     with RunFolder(tmp_path, "a: 2\n", "other") as folder:
         assert folder.step == 0
+
+
+def test_a_folder_of_other_things_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "setup.cfg").write_text("")
+    with (
+        pytest.raises(OccupiedRunFolderError, match=r"no run's \(setup.cfg\).*runs/train"),
+        RunFolder(tmp_path, "a", "x"),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["setup.cfg"]
+
+
+def test_a_folder_that_cannot_be_made_is_named() -> None:
+    path = Path("/proc/nope/run")
+    with (
+        pytest.raises(OccupiedRunFolderError, match=r"run_dir=/proc/nope/run cannot be made"),
+        RunFolder(path, "a", "x"),
+    ):
+        pass

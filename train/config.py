@@ -14,7 +14,7 @@ from models.memory_table import MemoryOptimConfig
 from models.transformer import TransformerConfig
 from train.compose import compose
 from train.data import DataConfig
-from train.engine import EngineConfig, resolve_native, resolve_precision
+from train.engine import EngineConfig, resolve_native, resolve_precision, resolve_threads
 from train.identity import identity_hash, to_plain
 from train.loop import TrainConfig
 from train.metrics import LogConfig
@@ -74,7 +74,7 @@ def resolve(config: Config) -> Config:
     """Fill in place what depends on the machine (precision, threads, kernels): it is part of the identity."""
     config.engine.precision = resolve_precision(config.engine.precision)
     if config.engine.num_threads == 0:
-        config.engine.num_threads = len(os.sched_getaffinity(0))
+        config.engine.num_threads = resolve_threads(config.engine, len(os.sched_getaffinity(0)))
     config.engine.native_kernels = resolve_native(config.engine)
     return config
 
@@ -85,6 +85,8 @@ def validate(config: Config) -> None:
     Raises:
         ValueError: with the setting, its value, the rule and the nearest valid value.
     """
+    if not config.run_dir.strip():
+        raise ValueError("run_dir= is empty: every run needs a folder of its own; usual: run_dir=runs/mine")
     per_micro_batch = config.train.micro_batch_size * config.model.seq_len
     wanted = config.train.global_batch_tokens
     if wanted < per_micro_batch or wanted % per_micro_batch:
@@ -102,7 +104,7 @@ def validate(config: Config) -> None:
     if config.schedule.warmup_steps >= config.train.max_steps:
         raise ValueError(
             f"schedule.warmup_steps={config.schedule.warmup_steps} must be < train.max_steps={config.train.max_steps}; "
-            f"nearest: {max(0, config.train.max_steps - 1)}"
+            f"nearest: {max(0, config.train.max_steps - 1)}, usual: a tenth, {config.train.max_steps // 10}"
         )
     if config.model.vocab_size != config.data.vocab_size:
         raise ValueError(

@@ -126,7 +126,8 @@ def _texts(rows: Iterable[dict[str, Any]], field: str, what: str) -> Iterator[tu
             return
         except Exception as error:  # whatever a reader of some format or the network raises
             cause = error.__cause__ or error
-            raise DataError(f"{what} could not be read after row {number}: {type(cause).__name__}: {cause}") from error
+            place = f"after row {number}" if number >= 0 else "at its first row"
+            raise DataError(f"{what} could not be read {place}: {type(cause).__name__}: {cause}") from error
         number += 1
         if field not in row:
             raise DataError(
@@ -151,6 +152,10 @@ def check_utf8(file: Path) -> None:
             chunk = handle.read(_CHECK_CHUNK)
             data = tail + chunk
             nul = data.find(b"\0")
+            if offset == 0 and data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                raise DataError(
+                    f"{file} is UTF-16, not UTF-8; convert it with `iconv -f utf-16 -t utf-8`, or remove it"
+                )
             if nul >= 0:
                 raise DataError(f"{file} has a NUL byte at byte {offset + nul}: it is binary, not text; remove it")
             try:

@@ -16,5 +16,5 @@ def check_finite(what: str, value: float) -> None:
     if not math.isfinite(value):
         raise NonFiniteLossError(
             f"{what} is {value}: stopped before the weights are saved. Lower optim.lr, lengthen "
-            "schedule.warmup_steps, or lower optim.grad_clip; the last checkpoint is intact"
+            "schedule.warmup_steps, or lower optim.grad_clip; checkpoints written before are intact"
         )

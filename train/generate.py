@@ -1,6 +1,7 @@
 """Continue a text with a trained model: `python -m train.generate RUN PROMPT`."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,9 @@ from train.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from models.transformer import Transformer
+
+
+PROMPT_VARIABLE = "ENGRAM_PROMPT"  # how make hands over a prompt: no shell reads its quotes, dollars and backquotes
 
 
 @torch.no_grad()
@@ -66,10 +70,13 @@ def load(run_dir: Path) -> tuple["Transformer", Memory, PreparedData]:
     from train.config import load_config
 
     if not (run_dir / "config.yaml").is_file():
-        raise ValueError(f"{run_dir} is not a run's folder (no config.yaml); give RUN=runs/<name>")
+        raise ValueError(f"{run_dir} is not a run's folder (no config.yaml); give the run_dir of a `make train`")
     found = checkpoint.load_latest(run_dir / "checkpoints")
     if found is None:
-        raise ValueError(f"{run_dir} kept no checkpoint; train with train.final_checkpoint=true")
+        raise ValueError(
+            f"{run_dir} holds no checkpoint: it has not come that far, or was a trial of a sweep, which keeps none "
+            "(sweep.keep_checkpoints=last would); train one with make train"
+        )
     config = load_config(run_dir / "config.yaml")
     prepared = open_prepared(config.data)
     check_data(found, prepared, run_dir)
@@ -92,11 +99,12 @@ def main(arguments: list[str]) -> int:
     """Load the run's newest checkpoint and print the continuation; the exit code."""
     parser = argparse.ArgumentParser(prog="python -m train.generate", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run that kept its last checkpoint")
-    parser.add_argument("prompt")
+    parser.add_argument("prompt", nargs="?", help=f"text to continue; default: the environment's {PROMPT_VARIABLE}")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
+    prompt = args.prompt if args.prompt is not None else os.environ.get(PROMPT_VARIABLE, "")
     try:
         if not 0 <= args.temperature < float("inf"):
             raise ValueError(f"--temperature={args.temperature} must be >= 0 and finite; 0 takes the most likely token")
@@ -104,14 +112,14 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"--max-new-tokens={args.max_new_tokens} must be >= 1; nearest: 1")
         model, memory, prepared = load(args.run)
         tokenizer = load_tokenizer(str(prepared.tokenizer_path))
-        prompt_ids = tokenizer.encode(args.prompt).ids
+        prompt_ids = tokenizer.encode(prompt).ids
         if not prompt_ids:
             raise ValueError("PROMPT is empty; give at least one character")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     new = generate(model, memory, prompt_ids, args.max_new_tokens, args.temperature, prepared.eos_id, args.seed)
-    print(args.prompt + tokenizer.decode(new))
+    print(prompt + tokenizer.decode(new))
     return 0
 
 

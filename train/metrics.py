@@ -157,11 +157,14 @@ def _open_wandb(folder: Path, cfg: LogConfig, run_id: str, config: dict[str, Any
         "id": run_id,
         "dir": str(folder),
         "config": config,
-        "settings": wandb.Settings(init_timeout=_WANDB_SECONDS),
+        # silent: thirty lines about files and syncing would hide the run's own last line
+        "settings": wandb.Settings(init_timeout=_WANDB_SECONDS, silent=True),
     }
     if mode == "online":
         try:
-            return wandb.init(mode="online", resume="allow", **options)
+            run = wandb.init(mode="online", resume="allow", **options)
+            print(f"wandb: {run.url}", flush=True)
+            return run
         except wandb.errors.Error as error:
             print(
                 f"wandb is not reachable ({_first_line(error)}); logging offline: "

@@ -69,7 +69,13 @@ def prepare(cfg: DataConfig) -> PreparedData:
     folder = _indexed_folder(root, key)
     if folder is None:
         index = root / "index"
-        index.mkdir(parents=True, exist_ok=True)
+        try:
+            index.mkdir(parents=True, exist_ok=True)
+            (index / f"{key}.lock").touch()
+        except OSError as error:
+            raise DataError(
+                f"data.root={cfg.root} cannot be written ({error.strerror}); set data.root to a folder that you own"
+            ) from error
         with _locked(index / f"{key}.lock"):
             folder = _indexed_folder(root, key)
             if folder is None:
@@ -204,6 +210,12 @@ def _write(cfg: DataConfig, folder: Path, progress: Progress) -> str:
         vocab_size = vocabulary_size(tokenizer)
         if vocab_size > cfg.vocab_size:
             raise DataError(f"data.vocab_size={cfg.vocab_size} must be at least the {vocab_size} ids of the tokenizer")
+        if vocab_size < cfg.vocab_size:
+            print(
+                f"note: the tokenizer has {vocab_size:,} ids, data.vocab_size={cfg.vocab_size} leaves "
+                f"{cfg.vocab_size - vocab_size:,} rows of the embedding unused; data.vocab_size={vocab_size} would fit",
+                file=sys.stderr,
+            )
         tokenizer.save(str(folder / TOKENIZER), pretty=False)
         save_array(folder / COMPRESSION_TABLE, compression_table(tokenizer))
         records: dict[str, Any] = {}

@@ -26,6 +26,13 @@ from train.identity import differing_settings, identity_settings
 SCHEMA_VERSION = 1  # of every file in a run's folder
 
 
+# Everything that may lie in a run's folder before the run has claimed it: a runner leaves some, a killed start others.
+_NAMES = {
+    "config.yaml", "ds_config.json", "identity.json", "status.json", "metrics.jsonl", "result.json", "checkpoints",
+    "log.txt", "lock", "failure.json", "wandb", "tensorboard",
+}  # fmt: skip
+
+
 class OccupiedRunFolderError(ValueError):
     """The folder belongs to another run, or another process is training in it."""
 
@@ -72,6 +79,11 @@ class RunFolder:
             raise OccupiedRunFolderError(
                 f"run_dir={self.path} is a file, or lies below one; choose another run_dir, e.g. runs/train"
             ) from error
+        except OSError as error:
+            raise OccupiedRunFolderError(
+                f"run_dir={self.path} cannot be made ({error.strerror}); choose a folder that you own, e.g. runs/train"
+            ) from error
+        self._refuse_foreign_folder()
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -103,6 +115,18 @@ class RunFolder:
         self.step = self._read("status.json").get("step", 0) if held == self.identity else 0
         atomic_write(self.path / "config.yaml", self.config_yaml)
         write_record(self.path / "identity.json", {"identity": self.identity})
+
+    def _refuse_foreign_folder(self) -> None:
+        """A folder with other things in it, such as a project's own, is no place for a run."""
+        if (self.path / "identity.json").exists():
+            return
+        foreign = sorted(entry.name for entry in self.path.iterdir() if entry.name not in _NAMES)
+        foreign = [name for name in foreign if not name.startswith(".")]
+        if foreign:
+            raise OccupiedRunFolderError(
+                f"run_dir={self.path} holds files that are no run's ({', '.join(foreign[:4])}): a run needs a folder "
+                "of its own; choose another run_dir, e.g. runs/train"
+            )
 
     def _holds_something(self) -> bool:
         """Whether anything was computed here: a checkpoint, a metrics record or a result."""
