@@ -222,7 +222,7 @@ def reproduce(sweep: SweepRecord) -> dict[str, str]:
     if isinstance(command, list):
         command = shlex.join(map(str, command))
     trial = next((str(t.row["trial_id"]) for t in sweep.trials), "TRIAL_ID")
-    words = [PYTHON, *pretrain_arguments(str(sweep.path.resolve() / "trials" / trial)), "run_dir=runs/again"]
+    words = [PYTHON, *pretrain_arguments(str(sweep.path / "trials" / trial)), "run_dir=runs/again"]
     return {
         "sweep": str(command or _sweep_command(sweep)),
         "report": f"{PYTHON} -m sweeps.report {shlex.quote(folder)}",
