@@ -49,9 +49,30 @@ def _swiglu(d_model: int, width: int) -> int:
     return 3 * d_model * width
 
 
-def _attention_weights(cfg: TransformerConfig) -> int:
+@dataclass(frozen=True)
+class _AttentionSize:
+    """One attention layer."""
+
+    weights: int  # of the projections; a token's matmul FLOPs are twice this
+    norms: int
+    pair: int  # coordinates of all heads that meet per pair of positions: of keys, and of values
+
+
+def _attention_size(cfg: TransformerConfig) -> _AttentionSize:
+    if cfg.mla is not None:
+        mla = cfg.mla
+        queries, values = mla.num_heads * mla.key_head_dim, mla.num_heads * mla.value_head_dim
+        weights = cfg.d_model * (mla.kv_rank + mla.rope_head_dim + values)  # down, and the output
+        weights += mla.kv_rank * (mla.num_heads * mla.nope_head_dim + values)
+        if mla.query_rank is None:
+            return _AttentionSize(weights + cfg.d_model * queries, mla.kv_rank, queries + values)
+        weights += mla.query_rank * (cfg.d_model + queries)
+        return _AttentionSize(weights, mla.kv_rank + mla.query_rank, queries + values)
+    assert cfg.attention is not None  # TransformerConfig refuses a model without either
     attention = cfg.attention
-    return cfg.d_model * attention.head_dim * (2 * attention.num_heads + 2 * attention.num_kv_heads)
+    weights = cfg.d_model * attention.head_dim * (2 * attention.num_heads + 2 * attention.num_kv_heads)
+    norms = 2 * attention.head_dim if attention.qk_norm else 0
+    return _AttentionSize(weights, norms, 2 * attention.num_heads * attention.head_dim)
 
 
 def _shared_widths(cfg: TransformerConfig) -> int:
@@ -59,26 +80,42 @@ def _shared_widths(cfg: TransformerConfig) -> int:
     return 0 if cfg.moe is None else sum(cfg.moe.shared_width(index) for index in range(cfg.num_moe_layers))
 
 
-def _engram_module_parameters(cfg: TransformerConfig, num_branches: int = 1) -> int:
+def _router_weights(cfg: TransformerConfig) -> int:
+    """Weights of all routers; a hash has none."""
+    if cfg.moe is None or not cfg.moe.router.is_learned:
+        return 0
+    return cfg.num_moe_layers * cfg.d_model * cfg.moe.num_experts
+
+
+def _engram_module_parameters(cfg: TransformerConfig) -> int:
     """Projections, norms and taps of one Engram module."""
-    engram, d_model = cfg.engram, cfg.d_model
+    engram, d_model, num_branches = cfg.engram, cfg.d_model, cfg.num_engram_branches
     if engram is None:
         return 0
-    projections = (engram.d_memory + engram.use_bias) * d_model * (1 + num_branches)
-    norms = 3 * num_branches * d_model  # of the hidden state, of the key, before the convolution
+    num_keys = num_branches if engram.gate else 0
+    projections = (engram.d_memory + engram.use_bias) * d_model * (1 + num_keys)
+    norms = 2 * num_keys * d_model  # of the hidden state and of the key
+    if engram.kernel_size:
+        norms += num_branches * d_model  # before the convolution
     return projections + norms + engram.kernel_size * num_branches * d_model
+
+
+def _connection_projections(cfg: TransformerConfig) -> int:
+    """Weights of the projections phi of all hyper-connections, two per layer; 0 with the plain residual."""
+    connections = cfg.hyper_connections
+    return 0 if connections is None else 2 * cfg.num_layers * connections.num_mappings * cfg.num_streams * cfg.d_model
 
 
 def count_parameters(cfg: TransformerConfig) -> ParameterCounts:
     """Closed-form parameter counts; equal to the module's and the tables' numel exactly."""
-    norms = 2 * cfg.d_model * cfg.num_layers + cfg.d_model
-    if cfg.attention.qk_norm:
-        norms += 2 * cfg.attention.head_dim * cfg.num_layers
-    backbone = norms + cfg.num_layers * _attention_weights(cfg)
+    attention = _attention_size(cfg)
+    backbone = cfg.num_layers * (attention.weights + attention.norms + 2 * cfg.d_model) + cfg.d_model
     backbone += (cfg.num_layers - cfg.num_moe_layers) * _swiglu(cfg.d_model, cfg.d_ff)
+    if cfg.hyper_connections is not None:  # projections, and of each connection the biases and three gates
+        backbone += _connection_projections(cfg) + 2 * cfg.num_layers * (cfg.hyper_connections.num_mappings + 3)
     experts = inactive_experts = 0
     if cfg.moe is not None:
-        backbone += cfg.num_moe_layers * cfg.d_model * cfg.moe.num_experts  # routers
+        backbone += _router_weights(cfg)
         backbone += _swiglu(cfg.d_model, _shared_widths(cfg))
         one_expert = cfg.num_moe_layers * _swiglu(cfg.d_model, cfg.moe.d_expert)  # over all layers
         experts = cfg.moe.num_experts * one_expert
@@ -86,8 +123,11 @@ def count_parameters(cfg: TransformerConfig) -> ParameterCounts:
     memory = read_rows = 0
     if cfg.engram is not None:
         backbone += len(cfg.engram.layers) * _engram_module_parameters(cfg)
-        memory = sum(num_rows(cfg.engram).values()) * cfg.engram.row_dim
-        read_rows = len(cfg.engram.layers) * cfg.engram.d_memory
+    if cfg.over_encoding is not None:
+        backbone += cfg.over_encoding.d_memory * cfg.d_model
+    if cfg.memory is not None:
+        memory = sum(num_rows(cfg.memory).values()) * cfg.memory.row_dim
+        read_rows = len(cfg.memory.layers) * cfg.memory.d_memory
     total = backbone + experts + memory
     return ParameterCounts(
         total=total,
@@ -112,9 +152,11 @@ class FlopCounts:
     attention_scores: int  # q k^T and probabilities times v
     feed_forward: int  # dense layers
     router: int
-    routed_experts: int  # the K chosen ones
+    routed_experts: int  # the K chosen ones, full or not
     shared_experts: int
     engram: int  # projections and short convolution
+    over_encoding: int  # projection of the rows at the input
+    hyper_connections: int  # projections of the mappings, reading and mixing of the streams
     head: int
 
     @property
@@ -133,6 +175,8 @@ class FlopCounts:
             + self.routed_experts
             + self.shared_experts
             + self.engram
+            + self.over_encoding
+            + self.hyper_connections
         )
 
     @property
@@ -147,22 +191,30 @@ class FlopCounts:
 
 def flops_per_token(cfg: TransformerConfig) -> FlopCounts:
     """Closed-form FLOPs of one token in a sequence of `cfg.seq_len`."""
-    attention, d_model = cfg.attention, cfg.d_model
-    router = routed = engram_flops = 0
+    attention, d_model = _attention_size(cfg), cfg.d_model
+    router = routed = engram_flops = over_encoding_flops = stream_flops = 0
     if cfg.moe is not None:
-        router = 2 * cfg.num_moe_layers * d_model * cfg.moe.num_experts
+        router = 2 * _router_weights(cfg)
         routed = 2 * cfg.num_moe_layers * cfg.moe.router.top_k * _swiglu(d_model, cfg.moe.d_expert)
     if cfg.engram is not None:
-        per_layer = 2 * cfg.engram.d_memory * 2 * d_model + 2 * cfg.engram.kernel_size * d_model
-        engram_flops = len(cfg.engram.layers) * per_layer
+        branches = cfg.num_engram_branches
+        projections = 2 * cfg.engram.d_memory * d_model * (1 + branches * cfg.engram.gate)  # value, and the gates' keys
+        engram_flops = len(cfg.engram.layers) * (projections + 2 * cfg.engram.kernel_size * branches * d_model)
+    if cfg.over_encoding is not None:
+        over_encoding_flops = 2 * cfg.over_encoding.d_memory * d_model
+    if cfg.hyper_connections is not None:
+        per_connection = 2 * (cfg.num_streams + cfg.num_streams**2) * d_model  # H_pre x and H_res x
+        stream_flops = 2 * _connection_projections(cfg) + 2 * cfg.num_layers * per_connection
     return FlopCounts(
-        attention_projections=2 * cfg.num_layers * _attention_weights(cfg),
-        attention_scores=2 * 2 * cfg.num_layers * cfg.seq_len * attention.num_heads * attention.head_dim,
+        attention_projections=2 * cfg.num_layers * attention.weights,
+        attention_scores=2 * cfg.num_layers * cfg.seq_len * attention.pair,
         feed_forward=2 * (cfg.num_layers - cfg.num_moe_layers) * _swiglu(d_model, cfg.d_ff),
         router=router,
         routed_experts=routed,
         shared_experts=2 * _swiglu(d_model, _shared_widths(cfg)),
         engram=engram_flops,
+        over_encoding=over_encoding_flops,
+        hyper_connections=stream_flops,
         head=2 * d_model * cfg.vocab_size,
     )
 

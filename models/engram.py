@@ -1,6 +1,5 @@
 """Engram: n-gram memory rows, gated by the hidden state (arXiv 2601.07372)."""
 
-import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -8,8 +7,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.kernels.gate import engram_gate
+
 # Epsilon of the two norms in the gate: torch's default in fp32, which the demonstration code leaves in place.
 GATE_NORM_EPS = torch.finfo(torch.float32).eps
+
+
+def check_row_width(part: str, d_memory: int, num_rows_per_token: int) -> None:
+    """Refuse a `d_memory` that cannot be cut into rows of one width; `part` is the name of its settings' group."""
+    if d_memory < 1 or d_memory % num_rows_per_token:
+        nearest = max(num_rows_per_token, round(d_memory / num_rows_per_token) * num_rows_per_token)
+        raise ValueError(
+            f"{part}.d_memory={d_memory} must be a positive multiple of (max_ngram_size - 1) * num_hash_heads = "
+            f"{num_rows_per_token}; nearest: {nearest}"
+        )
 
 
 @dataclass
@@ -21,10 +32,14 @@ class EngramConfig:
     num_hash_heads: int = 4  # hash heads per order [K]
     d_memory: int = 128  # width of all rows of a token together [d_mem]
     table_size: int = 10_000  # rows per head before rounding up to a prime; 1 = one row per head (control)
-    kernel_size: int = 4  # taps of the short convolution [w]
+    kernel_size: int = 4  # taps of the short convolution [w]; 0 = no convolution, as in later production models
     hash_seed: int = 0  # seed of the hash multipliers
     use_bias: bool = False  # biases in the projections, as in the demonstration code; shipped models have none
     norm_eps: float = 1e-5  # epsilon of the norm before the convolution
+    compress: bool = True  # n-grams of normalised text; False: of the tokens themselves (ablation, paper 6.2)
+    gate: bool = True  # False: the value is added whatever the hidden state is, no keys (ablation, paper 6.2)
+    shuffled: bool = False  # each sequence reads its neighbour's rows (control); see `NgramHasher`
+    multi_branch: bool = True  # an own gate for every residual stream (eq 6); False: see models/transformer.py, Block
 
     def __post_init__(self) -> None:
         if not self.layers or len(set(self.layers)) != len(self.layers) or min(self.layers) < 0:
@@ -32,14 +47,14 @@ class EngramConfig:
                 f"engram.layers={self.layers} must name at least one layer, each once, counted from 0; "
                 "for a model without memory set engram to null"
             )
-        for name, least in (("max_ngram_size", 2), ("num_hash_heads", 1), ("table_size", 1), ("kernel_size", 1)):
+        for name, least in (("max_ngram_size", 2), ("num_hash_heads", 1), ("table_size", 1), ("kernel_size", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"engram.{name}={getattr(self, name)} must be at least {least}; nearest: {least}")
-        if self.d_memory < 1 or self.d_memory % self.num_rows_per_token:
-            unit = self.num_rows_per_token
+        check_row_width("engram", self.d_memory, self.num_rows_per_token)
+        if self.kernel_size == 0 and self.norm_eps != EngramConfig.norm_eps:
             raise ValueError(
-                f"engram.d_memory={self.d_memory} must be a positive multiple of (max_ngram_size - 1) * "
-                f"num_hash_heads = {unit}; nearest: {max(unit, round(self.d_memory / unit) * unit)}"
+                f"engram.norm_eps={self.norm_eps} has no effect with engram.kernel_size=0: it belongs to the norm "
+                f"before the convolution; nearest: {EngramConfig.norm_eps}"
             )
 
     @property
@@ -62,15 +77,7 @@ class EngramOutput(NamedTuple):
     """What one module adds to the residual branches, and how far its gates were open."""
 
     update: Tensor  # (B, S, J, D)
-    gate: Tensor  # (B, S, J), in (0, 1)
-
-
-def signed_sqrt_gate(similarity: Tensor) -> Tensor:
-    """sigmoid( sign(s) * sqrt(max(|s|, 1e-6)) ).
-
-    The signed square root is not in the paper's eq 4 but in both official codes; the clamp keeps its slope finite.
-    """
-    return (similarity.sign() * similarity.abs().clamp_min(1e-6).sqrt()).sigmoid()
+    gate: Tensor | None  # (B, S, J), in (0, 1); None without a gate
 
 
 class ShortConv(nn.Module):
@@ -107,7 +114,8 @@ class Engram(nn.Module):
     """update_j = ShortConv(gate_j v) with gate_j = signed_sqrt_gate( <norm(h_j), norm(k_j)> / sqrt(D) ), eqs 3 to 6.
 
     v = W e and k_j = W_j e are projections of the retrieved rows e. One value projection serves all branches, each
-    branch has its own key projection and norms.
+    branch has its own key projection and norms. The paper's ablations (6.2): without gate, gate_j = 1 and there are
+    neither keys nor their norms; without convolution (kernel_size = 0), update_j = gate_j v.
 
     Args:
         cfg: shape of rows and convolution.
@@ -119,11 +127,12 @@ class Engram(nn.Module):
     def __init__(self, cfg: EngramConfig, d_model: int, layer: int, num_branches: int = 1):
         super().__init__()
         self.layer, self.d_model, self.num_branches = layer, d_model, num_branches
-        # Rows: the value first, then the keys of the branches; one matmul for all.
-        self.value_key = nn.Linear(cfg.d_memory, (1 + num_branches) * d_model, bias=cfg.use_bias)
-        self.hidden_norm = nn.Parameter(torch.empty(num_branches, d_model))
-        self.key_norm = nn.Parameter(torch.empty(num_branches, d_model))
-        self.short_conv = ShortConv(cfg, d_model, num_branches)
+        # Rows: the value first, then the keys of the branches, where there is a gate; one matmul for all.
+        num_keys = num_branches if cfg.gate else 0
+        self.value_key = nn.Linear(cfg.d_memory, (1 + num_keys) * d_model, bias=cfg.use_bias)
+        self.hidden_norm = nn.Parameter(torch.empty(num_branches, d_model)) if cfg.gate else None
+        self.key_norm = nn.Parameter(torch.empty(num_branches, d_model)) if cfg.gate else None
+        self.short_conv = ShortConv(cfg, d_model, num_branches) if cfg.kernel_size else None
 
     def forward(self, hidden: Tensor, rows: Tensor, document_ids: Tensor | None = None) -> EngramOutput:
         """What the memory rows of each position add to its residual branches.
@@ -133,11 +142,12 @@ class Engram(nn.Module):
             rows: (B, S, R, M), the retrieved rows.
             document_ids: (B, S) int64, or None for one document per row.
         """
-        value, keys = self.value_key(rows.flatten(2)).split((self.d_model, self.num_branches * self.d_model), dim=-1)
-        keys = keys.unflatten(-1, (self.num_branches, self.d_model))  # (B, S, J, D)
-        shape = (self.d_model,)
-        query = F.rms_norm(hidden, shape, eps=GATE_NORM_EPS) * (self.hidden_norm * self.key_norm)
-        similarity = (query * F.rms_norm(keys, shape, eps=GATE_NORM_EPS)).sum(-1) / math.sqrt(self.d_model)
-        gate = signed_sqrt_gate(similarity)  # (B, S, J)
-        update = self.short_conv(gate[..., None] * value[:, :, None], document_ids)
+        value_keys = self.value_key(rows.flatten(2)).unflatten(-1, (-1, self.d_model))  # (B, S, 1 + J, D), or 1
+        gate = None
+        if self.hidden_norm is None or self.key_norm is None:
+            update = value_keys.expand(-1, -1, self.num_branches, -1)
+        else:
+            update, gate = engram_gate(hidden, value_keys, self.hidden_norm, self.key_norm, GATE_NORM_EPS)
+        if self.short_conv is not None:
+            update = self.short_conv(update, document_ids)
         return EngramOutput(update, gate)

@@ -1,4 +1,4 @@
-"""The routed experts' SwiGLU over grouped tokens, four ways. `swiglu_loop` is the definition of the others.
+"""The routed experts' SwiGLU over grouped tokens, five ways. `swiglu_loop` is the definition of the others.
 
 All compute, for every row r of expert e with gate value w_r,
 
@@ -14,7 +14,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from models import native
-from models.feed_forward import silu_mul, swiglu_hidden, swiglu_hidden_backward
+from models.feed_forward import NativeSwiGLU, SwiGLU, silu_mul, swiglu_hidden, swiglu_hidden_backward
+from models.kernels import launch
+from models.kernels.grouped_swiglu import grouped_swiglu
 
 
 def swiglu_loop(tokens: Tensor, weights: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -49,12 +51,32 @@ def swiglu_grouped_mm(tokens: Tensor, weights: Tensor, counts: Tensor, gate_up: 
 
 def check_grouped_mm_widths(d_model: int, d_expert: int) -> None:
     """Raises ValueError where grouped_mm's 16-byte alignment would not hold in bf16 (8 values)."""
+    _check_widths(d_model, d_expert, 8, "grouped_mm (rows of 16 bytes in bf16)", "padded")
+
+
+def _check_widths(d_model: int, d_expert: int, multiple: int, kernel: str, other: str) -> None:
     for name, width in (("model.d_model", d_model), ("moe.d_expert", d_expert)):
-        if width % 8:
+        if width % multiple:
             raise ValueError(
-                f"{name}={width} must be a multiple of 8 with moe.expert_kernel=grouped_mm (rows of 16 bytes in "
-                f"bf16); nearest: {max(8, round(width / 8) * 8)}, or use moe.expert_kernel=padded"
+                f"{name}={width} must be a multiple of {multiple} with moe.expert_kernel={kernel}; "
+                f"nearest: {max(multiple, round(width / multiple) * multiple)}, or use moe.expert_kernel={other}"
             )
+
+
+def swiglu_triton(tokens: Tensor, weights: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The same through Triton (`kernels.grouped_swiglu`), or the loop where that cannot run, as on a CPU.
+
+    Arguments as in `swiglu_loop`; gate_up and down may be fp32 under bf16 tokens, and their gradients are then fp32.
+    `check_triton_widths` says beforehand which widths the kernels take.
+    """
+    if launch.can_run(tokens):
+        return grouped_swiglu(tokens, weights, counts, gate_up, down)
+    return swiglu_loop(tokens, weights, counts, gate_up.to(tokens.dtype), down.to(tokens.dtype))
+
+
+def check_triton_widths(d_model: int, d_expert: int) -> None:
+    """Raises ValueError where blocks of 16, the smallest of a tensor core, would not cover D or F."""
+    _check_widths(d_model, d_expert, 16, "triton (blocks of tensor cores)", "loop")
 
 
 class Bucket(NamedTuple):
@@ -138,30 +160,42 @@ def swiglu_padded(
 
 
 class _SwigluNative(torch.autograd.Function):
-    """Keeps only its inputs; the backward pass computes the hidden layer again."""
+    """Keeps only its inputs; the backward pass computes the hidden layers again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, *shared: Tensor
+    ) -> Tensor:
         inputs = (x.contiguous(), expert_ids.contiguous(), weights.contiguous(), gate_up, down)
-        ctx.save_for_backward(*inputs)
         ctx.sizes = (*weights.shape, *down.shape[:1], *x.shape[1:], *down.shape[1:2])  # T, K, E, D, F
         out = torch.zeros(x.shape, dtype=torch.float32)
         native.call("experts_forward", *ctx.sizes, *inputs, out)
+        saved: tuple[Tensor, ...] = inputs
+        if shared:
+            swiglu = NativeSwiGLU.of(x.shape[0], *shared)
+            swiglu.add_to(out, inputs[0])
+            saved = (*saved, *swiglu)
+        ctx.save_for_backward(*saved)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        x, _, weights, gate_up, down = inputs
+        x, expert_ids, weights, gate_up, down, *shared = ctx.saved_tensors
+        grad = grads[0].to(x.dtype).contiguous()
         grad_x = torch.zeros(x.shape, dtype=torch.float32)
-        results = (grad_x, *(torch.empty_like(tensor) for tensor in (weights, gate_up, down)))
-        native.call("experts_backward", *ctx.sizes, *inputs, grads[0].to(x.dtype).contiguous(), *results)
-        return grad_x.to(x.dtype), None, *results[1:]
+        results = [torch.empty_like(tensor) for tensor in (weights, gate_up, down)]
+        native.call(
+            "experts_backward", *ctx.sizes, x, expert_ids, weights, gate_up, down, grad, grad_x, *results
+        )  # fmt: skip
+        gradients = NativeSwiGLU(*shared).add_gradients_to(grad_x, x, grad) if shared else ()
+        return grad_x.to(x.dtype), None, *results, *gradients
 
 
-def swiglu_native(x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Dispatch, experts and combine in one C kernel (models/native/experts.c).
+def swiglu_native(
+    x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, shared: SwiGLU | None = None
+) -> Tensor:
+    """Dispatch, experts and combine in one C kernel (models/native/experts.c), and the shared expert added to it.
 
     Args:
         x: (T, D) bf16.
@@ -169,8 +203,10 @@ def swiglu_native(x: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tenso
         weights: (T, K) fp32 gate values.
         gate_up: (E, D, 2F) fp32; rounded to bf16 inside the kernel, its gradient is fp32.
         down: (E, F, D) fp32, likewise.
+        shared: the shared expert, with fp32 weights.
 
     Returns:
-        (T, D) fp32, the sum over k of weights[t, k] * expert expert_ids[t, k] of x_t.
+        (T, D) fp32, the sum over k of weights[t, k] * expert expert_ids[t, k] of x_t, plus the shared expert of x_t.
     """
-    return _SwigluNative.apply(x, expert_ids, weights, gate_up, down)
+    of_shared = () if shared is None else (shared.gate_up.weight, shared.down.weight)
+    return _SwigluNative.apply(x, expert_ids, weights, gate_up, down, *of_shared)

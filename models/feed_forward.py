@@ -1,6 +1,6 @@
 """SwiGLU feed-forward, used by dense layers and by the shared expert."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,58 @@ class _SiluMul(torch.autograd.Function):
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, where `gate_up` (..., 2F) holds both halves side by side; returns (..., F)."""
+    if torch.compiler.is_compiling():  # which fuses the passes itself, and cannot look into writes to halves
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
     return _SiluMul.apply(gate_up)
+
+
+class NativeSwiGLU(NamedTuple):
+    """A `SwiGLU` as one expert that every token goes to with weight 1 (models/native/experts.c), without a graph."""
+
+    ids: Tensor  # (T, 1) int64, 0
+    weights: Tensor  # (T, 1) fp32, 1
+    gate_up: Tensor  # (D, 2F) fp32: the kernel takes (inputs, outputs), torch's linear layers hold (outputs, inputs)
+    down: Tensor  # (F, D) fp32
+
+    @classmethod
+    def of(cls, num_tokens: int, gate_up: Tensor, down: Tensor) -> "NativeSwiGLU":
+        """Args: gate_up (2F, D), down (D, F) as `SwiGLU` holds them."""
+        ids, ones = torch.zeros(num_tokens, 1, dtype=torch.int64), torch.ones(num_tokens, 1)
+        return cls(ids, ones, gate_up.t().contiguous(), down.t().contiguous())
+
+    def add_to(self, out: Tensor, x: Tensor) -> None:
+        """Adds swiglu(x) to out: (T, D) fp32, of x (T, D) bf16."""
+        native.call("experts_forward", *self._sizes(x), x, *self, out)
+
+    def add_gradients_to(self, grad_x: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds to grad_x (T, D) fp32, given the output's gradient in bf16; returns those of gate_up and down."""
+        results = [torch.empty_like(tensor) for tensor in (self.weights, self.gate_up, self.down)]
+        native.call("experts_backward", *self._sizes(x), x, *self, grad, grad_x, *results)
+        return results[1].t(), results[2].t()
+
+    def _sizes(self, x: Tensor) -> tuple[int, ...]:
+        return x.shape[0], 1, 1, x.shape[1], self.down.shape[0]  # T, K, E, D, F
+
+
+class _SwiGLUFunction(torch.autograd.Function):
+    """The native path of `SwiGLU`; the backward pass computes the hidden layer again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        x, out = x.contiguous(), torch.zeros(x.shape, dtype=torch.float32)
+        swiglu = NativeSwiGLU.of(x.shape[0], gate_up, down)
+        swiglu.add_to(out, x)
+        ctx.save_for_backward(x, *swiglu)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        x, *saved = ctx.saved_tensors
+        grad_x = torch.zeros(x.shape, dtype=torch.float32)
+        gradients = NativeSwiGLU(*saved).add_gradients_to(grad_x, x, grads[0].to(x.dtype).contiguous())
+        return grad_x.to(x.dtype), *gradients
 
 
 class SwiGLU(nn.Module):
@@ -86,5 +137,8 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(width, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Args: x (..., D). Returns: (..., D)."""
+        """Args: x (..., D). Returns: (..., D), in fp32 where the native kernel sums it up."""
+        if self.down.weight.dtype == torch.float32 and native.matrices_available(x):
+            tokens = x.to(torch.bfloat16).flatten(0, -2)
+            return _SwiGLUFunction.apply(tokens, self.gate_up.weight, self.down.weight).view_as(x)
         return self.down(silu_mul(self.gate_up(x)))

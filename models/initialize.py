@@ -5,6 +5,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from models.hyper_connections import HyperConnection
 from models.moe import Experts
 
 
@@ -22,6 +23,9 @@ def _fill_normal(tensor: Tensor, std: float, seed: int, name: str) -> None:
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int, init_std: float | None = None) -> None:
     """Matrices normal(0, init_std), embedding normal(0, embedding_init_std), norms one, taps and biases zero.
+
+    Hyper-connections start as the plain residual: projections zero (as the input-dependent part in arXiv
+    2409.19606), gates `gate_init`, biases `HyperConnection.initial_bias`.
 
     Every parameter has its own generator, keyed by (seed, parameter name), and every routed expert its own, keyed by
     (seed, parameter name, expert): two models with different numbers of experts, layers or tables share all values
@@ -46,12 +50,17 @@ def initialize(model: nn.Module, seed: int, init_std: float | None = None) -> No
         if isinstance(module, Experts)
         for key in ("gate_up", "down")
     }
+    connections = {name: module for name, module in model.named_modules() if isinstance(module, HyperConnection)}
     for name, parameter in model.named_parameters():
-        last = name.rsplit(".", 1)[-1]
+        prefix, _, last = name.rpartition(".")
         owner = name.rsplit(".", 2)[-2] if "." in name else ""
         if name in expert_stacks:
             for expert, weights in enumerate(parameter):
                 _fill_normal(weights, std, seed, f"{name}.{expert}")
+        elif prefix in connections:
+            connection = connections[prefix]
+            starts = {"projection": 0.0, "gates": connection.cfg.gate_init, "bias": connection.initial_bias()}
+            parameter.copy_(torch.as_tensor(starts[last]))
         elif last.endswith("norm") or owner.endswith("norm"):
             parameter.fill_(1.0)
         elif last in ("taps", "bias"):

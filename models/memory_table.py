@@ -27,6 +27,7 @@ class MemoryOptimConfig:
     beta2: float = 0.95  # decay of the second moment per update
     eps: float = 1e-8  # added to the root of the second moment
     step_count: StepCount = StepCount.per_row
+    frozen: bool = False  # rows keep their random start values (control): no gradient, no moments, no step counts
 
     def __post_init__(self) -> None:
         for name in ("beta1", "beta2"):
@@ -36,6 +37,14 @@ class MemoryOptimConfig:
             raise ValueError(f"memory.eps={self.eps} must be positive; usual: 1e-8")
         if self.lr_multiplier < 0:
             raise ValueError(f"memory.lr_multiplier={self.lr_multiplier} must not be negative; usual: 5.0")
+        if self.frozen:
+            for name in ("lr_multiplier", "beta1", "beta2", "eps", "step_count"):
+                default = getattr(MemoryOptimConfig, name)
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"memory.{name}={getattr(self, name)} has no effect with memory.frozen=true: frozen rows are "
+                        f"never updated; nearest: {default}"
+                    )
 
 
 class MemoryTable(Protocol):
@@ -49,7 +58,7 @@ class MemoryTable(Protocol):
     rows_ever_touched: int  # rows changed since the start
 
     def lookup(self, row_ids: Tensor) -> Tensor:
-        """row_ids (B, S, R) int64 -> rows (B, S, R, M) fp32, a detached leaf that requires grad."""
+        """row_ids (B, S, R) int64 -> rows (B, S, R, M) fp32, a detached leaf that requires grad unless frozen."""
         ...
 
     def accumulate(self, row_ids: Tensor, grad: Tensor) -> None:
@@ -111,6 +120,9 @@ class LocalTable:
     Lazy is not dense: dense Adam also decays the moments of the rows that were not drawn, and moves those rows by what
     is left of their momentum. Here they rest, moments included. The two agree where every row is drawn at every step.
 
+    A frozen table (`optim.frozen`) is the start values and nothing else: its rows ask for no gradient, so none is
+    computed, it adds nothing to the clipping norm, and its moments have no rows.
+
     Args:
         num_rows: rows of all heads together.
         row_dim: M.
@@ -135,8 +147,9 @@ class LocalTable:
         shape = (num_rows, row_dim)
         generator = torch.Generator(device=device or "cpu").manual_seed(seed_from_name(seed, f"memory.{layer}"))
         self.weight = torch.empty(shape, device=device).normal_(0, init_std, generator=generator)
-        self.exp_avg = torch.zeros(shape, device=device)
-        self.exp_avg_sq = torch.zeros(shape, device=device)
+        trained_shape = (0 if self.optim.frozen else num_rows, row_dim)
+        self.exp_avg = torch.zeros(trained_shape, device=device)
+        self.exp_avg_sq = torch.zeros(trained_shape, device=device)
         self.step = torch.zeros(num_rows, dtype=torch.int32, device=device)  # updates each row has had
         self.global_step = 0  # updates the table has had
         self.rows_touched = 0
@@ -149,12 +162,19 @@ class LocalTable:
         return self.weight.shape[0]
 
     def lookup(self, row_ids: Tensor) -> Tensor:
-        """Copies rows (B, S, R, M), detached from everything and requiring grad."""
+        """Copies rows (B, S, R, M), detached from everything and requiring grad unless frozen."""
         rows = self.weight.index_select(0, row_ids.flatten())
-        return rows.view(*row_ids.shape, self.weight.shape[1]).requires_grad_()
+        return rows.view(*row_ids.shape, self.weight.shape[1]).requires_grad_(not self.optim.frozen)
 
     def accumulate(self, row_ids: Tensor, grad: Tensor) -> None:
-        """Adds the gradient of one micro-batch."""
+        """Adds the gradient of one micro-batch.
+
+        Raises:
+            RuntimeError: the table is frozen.
+            ValueError: the gradient's shape does not fit the row ids.
+        """
+        if self.optim.frozen:
+            raise RuntimeError("the memory table is frozen (memory.frozen=true) and takes no gradient")
         if grad.shape != (*row_ids.shape, self.weight.shape[1]):
             raise ValueError(
                 f"gradient of shape {tuple(grad.shape)} does not belong to row ids of shape {tuple(row_ids.shape)} "
@@ -182,6 +202,8 @@ class LocalTable:
     @torch.no_grad()
     def apply(self, clip_factor: float, lr: float) -> None:
         """One lazy Adam update at learning rate lr * lr_multiplier; see the class for the formula."""
+        if self.optim.frozen:
+            return
         merged = self._merged()
         self.discard()
         self.global_step += 1

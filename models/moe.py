@@ -9,27 +9,34 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import native
+from models.baseline_routers import AnyRouter, HashRouter, make_router
 from models.expert_kernels import (
     Bucket,
     check_grouped_mm_widths,
+    check_triton_widths,
     swiglu_grouped_mm,
     swiglu_loop,
     swiglu_native,
     swiglu_padded,
+    swiglu_triton,
 )
 from models.feed_forward import SwiGLU
 from models.precision import compute_dtype
-from models.router import Router, RouterConfig
+from models.router import RouterConfig
 
 
 class ExpertKernel(str, Enum):
     """How the routed experts are multiplied; all give the same function, at different speed."""
 
+    # Resolved when a run is planned: `padded` on a CPU, on a GPU the fastest as measured (train/kernel_choice.py). A
+    # model that is built with it computes as `padded`.
+    auto = "auto"
     loop = "loop"  # one matmul per expert: the definition
     # Batched matmuls over experts of similar load, each group padded to the fullest of them; the native kernel in their
     # place where it is in use (models/native/experts.c: bf16 in one thread of a CPU with a matrix unit).
     padded = "padded"
     grouped_mm = "grouped_mm"  # torch.nn.functional.grouped_mm
+    triton = "triton"  # models/kernels/grouped_swiglu.py on a GPU; elsewhere the loop
 
 
 @dataclass
@@ -40,17 +47,13 @@ class MoEConfig:
     d_expert: int = 64  # width of one routed expert
     num_shared_experts: int = 2  # the shared expert is one SwiGLU of width num_shared_experts * d_expert
     shared_widths: list[int] | None = None  # its width per MoE layer instead (first MoE layer first); 0 = none
-    expert_kernel: ExpertKernel = ExpertKernel.padded
+    expert_kernel: ExpertKernel = ExpertKernel.auto
     router: RouterConfig = field(default_factory=RouterConfig)
 
     def __post_init__(self) -> None:
         if self.d_expert < 1:
             raise ValueError(f"moe.d_expert={self.d_expert} must be at least 1; nearest: 1")
-        if self.num_experts < self.router.top_k:
-            raise ValueError(
-                f"moe.num_experts={self.num_experts} must be at least moe.router.top_k={self.router.top_k}; "
-                f"nearest: {self.router.top_k}"
-            )
+        self.router.check_num_experts(self.num_experts)
         if self.num_shared_experts < 0:
             raise ValueError(f"moe.num_shared_experts={self.num_shared_experts} must not be negative; nearest: 0")
         if self.shared_widths is not None and any(width < 0 for width in self.shared_widths):
@@ -170,8 +173,9 @@ class LocalDispatcher:
         """Copies every token once per chosen expert, in the order of the experts."""
         num_tokens, top_k = expert_ids.shape
         flat_ids = expert_ids.flatten()  # (T * K,)
-        counts = torch.bincount(flat_ids, minlength=self.num_experts)
         sorted_ids, pair_of_row = flat_ids.sort(stable=True)
+        # On a GPU bincount makes the host wait; a search in what is sorted does not.
+        counts = torch.searchsorted(sorted_ids, torch.arange(self.num_experts + 1, device=x.device)).diff()
         row = torch.arange(flat_ids.shape[0], device=x.device)
         order, buckets = None, []
         if self.padded:
@@ -205,6 +209,8 @@ class Experts(nn.Module):
         super().__init__()
         if kernel is ExpertKernel.grouped_mm:
             check_grouped_mm_widths(d_model, d_expert)
+        if kernel is ExpertKernel.triton:
+            check_triton_widths(d_model, d_expert)
         self.kernel = kernel
         self.gate_up = nn.Parameter(torch.empty(num_experts, d_model, 2 * d_expert))  # (E, D, 2F), the gate first
         self.down = nn.Parameter(torch.empty(num_experts, d_expert, d_model))  # (E, F, D)
@@ -212,6 +218,8 @@ class Experts(nn.Module):
     def forward(self, dispatched: Dispatched) -> Tensor:
         """Weighted outputs, w_r * down(silu(gate(x_r)) * up(x_r)), in the layout of `dispatched.tokens`."""
         tokens, counts, weights = dispatched.tokens, dispatched.counts, dispatched.weights
+        if dispatched.order is None and self.kernel is ExpertKernel.triton:
+            return swiglu_triton(tokens, weights, counts, self.gate_up, self.down)
         gate_up, down = self.gate_up.to(tokens.dtype), self.down.to(tokens.dtype)
         if dispatched.order is not None:
             return swiglu_padded(tokens, weights, gate_up, down, dispatched.order, dispatched.buckets)
@@ -224,44 +232,67 @@ class MoEStats(NamedTuple):
     """What one MoE layer reports beside its output; see `Routing`."""
 
     counts: Tensor  # (E,) int64
-    balance_loss: Tensor
-    entropy: Tensor
+    aux_losses: dict[str, Tensor]
+    entropy: Tensor | None
+    dropped: Tensor | None
 
 
 class MoE(nn.Module):
-    """shared(x) + sum over the chosen experts of gate_i * expert_i(x) (V3 eq 12); no token is dropped.
+    """shared(x) + sum over the chosen experts of gate_i * expert_i(x) (V3 eq 12).
+
+    Only routers with a capacity drop choices. Those have gate value 0, so that they add nothing to the output and move
+    no weight; their rows are multiplied all the same, so that a drop saves no time.
 
     Args:
         cfg: the layer's shape.
         d_model: D.
         shared_width: width of the shared expert; 0 = none.
         dispatcher: how tokens reach the experts; by default all experts are local.
+        vocab_size: V, for the hash router.
+        layer: position in the model, for the hash router.
     """
 
-    def __init__(self, cfg: MoEConfig, d_model: int, shared_width: int, dispatcher: Dispatcher | None = None):
+    def __init__(
+        self,
+        cfg: MoEConfig,
+        d_model: int,
+        shared_width: int,
+        dispatcher: Dispatcher | None = None,
+        vocab_size: int | None = None,
+        layer: int = 0,
+    ):
         super().__init__()
-        self.router = Router(cfg.router, d_model, cfg.num_experts)
+        self.router: AnyRouter = make_router(cfg.router, d_model, cfg.num_experts, vocab_size, layer)
         self.experts = Experts(cfg.num_experts, d_model, cfg.d_expert, cfg.expert_kernel)
         self.shared_expert = SwiGLU(d_model, shared_width) if shared_width else None
-        padded = cfg.expert_kernel is ExpertKernel.padded
+        padded = cfg.expert_kernel in (ExpertKernel.auto, ExpertKernel.padded)
         self.dispatcher = dispatcher if dispatcher is not None else LocalDispatcher(cfg.num_experts, padded)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, MoEStats]:
-        """Args: x (B, S, D). Returns: (B, S, D), and load, balance loss and entropy."""
-        routing = self.router(x)
+    def forward(self, x: Tensor, token_ids: Tensor | None = None) -> tuple[Tensor, MoEStats]:
+        """Args: x (B, S, D), token_ids (B, S) for the hash router. Returns: (B, S, D), and what the router reports."""
+        if isinstance(self.router, HashRouter):
+            assert token_ids is not None, "the hash router looks at tokens"
+            routing = self.router(token_ids)
+        else:
+            routing = self.router(x)
         fused = self._fused(x)
         x = x.to(compute_dtype(x))
         tokens = x.flatten(0, 1)  # (T, D)
         if fused:
-            gate_up, down = self.experts.gate_up, self.experts.down
-            routed = swiglu_native(tokens, routing.expert_ids, routing.weights, gate_up, down).view_as(x)
+            experts = (self.experts.gate_up, self.experts.down, self.shared_expert)
+            update = swiglu_native(tokens, routing.expert_ids, routing.weights, *experts).view_as(x)
         else:
-            dispatched = self.dispatcher.dispatch(tokens, routing.expert_ids, routing.weights)
-            routed = self.dispatcher.combine(self.experts(dispatched), dispatched).view_as(x)
-        update = routed if self.shared_expert is None else routed + self.shared_expert(x)
-        return update, MoEStats(routing.counts, routing.balance_loss, routing.entropy)
+            update = self.routed(tokens, routing.expert_ids, routing.weights).view_as(x)
+            update = update if self.shared_expert is None else update + self.shared_expert(x)
+        return update, MoEStats(routing.counts, routing.aux_losses, routing.entropy, routing.dropped)
+
+    def routed(self, tokens: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """Sum of the chosen experts' weighted outputs: tokens (T, D), expert_ids and weights (T, K) -> (T, D)."""
+        dispatched = self.dispatcher.dispatch(tokens, expert_ids, weights)
+        return self.dispatcher.combine(self.experts(dispatched), dispatched)
 
     def _fused(self, x: Tensor) -> bool:
-        """Whether one native kernel does dispatch, experts and combine: only where all three are the usual ones."""
+        """Whether one native kernel does dispatch, all experts and combine: only where these are the usual ones."""
         is_local = isinstance(self.dispatcher, LocalDispatcher) and self.dispatcher.padded
-        return is_local and self.experts.gate_up.dtype == torch.float32 and native.matrices_available(x)
+        in_fp32 = all(p.dtype == torch.float32 for p in self.parameters())
+        return is_local and in_fp32 and native.matrices_available(x)

@@ -4,16 +4,36 @@ Integers only, no parameters, outside the model's forward pass (arXiv 2601.07372
 """
 
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models.engram import EngramConfig
-
 INT64_MAX = 2**63 - 1
 # Distance between the seeds of neighbouring layers in the demonstration code.
 LAYER_SEED_STRIDE = 10_007
+
+
+class HashConfig(Protocol):
+    """What hashing asks of a configuration with tables: an `EngramConfig` or an `OverEncodingConfig`."""
+
+    max_ngram_size: int
+    num_hash_heads: int
+    table_size: int
+    hash_seed: int
+    compress: bool
+    shuffled: bool
+
+    @property
+    def layers(self) -> list[int]:
+        """Keys of the tables: the layers that read them."""
+        ...
+
+    @property
+    def num_orders(self) -> int:
+        """N, orders 2..max_ngram_size."""
+        ...
 
 
 @lru_cache(maxsize=100_000)
@@ -63,14 +83,14 @@ def prime_table_sizes(rows_per_order: list[int], num_heads: int, layers: list[in
     return sizes
 
 
-def table_sizes(cfg: EngramConfig) -> dict[int, list[list[int]]]:
+def table_sizes(cfg: HashConfig) -> dict[int, list[list[int]]]:
     """Rows per head, per order and layer: {layer: [[G numbers] x N]}; with table_size = 1, every head has one row."""
     if cfg.table_size == 1:
         return {layer: [[1] * cfg.num_hash_heads for _ in range(cfg.num_orders)] for layer in cfg.layers}
     return prime_table_sizes([cfg.table_size] * cfg.num_orders, cfg.num_hash_heads, cfg.layers)
 
 
-def num_rows(cfg: EngramConfig) -> dict[int, int]:
+def num_rows(cfg: HashConfig) -> dict[int, int]:
     """Rows of each layer's table, all heads together: {layer: rows}."""
     return {layer: sum(map(sum, sizes)) for layer, sizes in table_sizes(cfg).items()}
 
@@ -121,18 +141,29 @@ def ngram_row_ids(
 
 
 class NgramHasher:
-    """Maps a batch of token ids to the rows that each Engram layer reads.
+    """Maps a batch of token ids to the rows that each table's layer reads.
+
+    `cfg.shuffled` is a control: sequence b of a micro-batch of B reads the rows of sequence b + 1 (the last one those
+    of the first), position by position. Within every micro-batch exactly the same rows are read equally often as
+    without it, and a row gets as many gradients; but they come from a text that its n-gram is not part of. What a
+    sequence reads is a function of the other sequence alone, so it cannot hold the sequence's own coming tokens, and
+    says nothing about its text as long as the two are independent. In training they are: a micro-batch holds windows
+    in the order of a random permutation of the whole split, and two neighbours belong to one document no more often
+    than chance brings them together. In validation, whose windows are in the order of the text, `train.data` puts
+    windows into one micro-batch that lie about 1 / B of the split apart. The result depends on how a batch is cut into
+    micro-batches, which no other part of the model does.
 
     Args:
         cfg: orders, heads, table sizes, layers and seed.
-        compression_table: (V,) int64, token id -> compressed id (tokens of equal normalised text share one).
+        compression_table: (V,) int64, token id -> compressed id (tokens of equal normalised text share one); without
+            `cfg.compress` only its length counts, and every token is its own.
         pad_id: *token* id whose compressed id fills the history before a document's start.
         device: where the row ids are computed.
     """
 
     def __init__(
         self,
-        cfg: EngramConfig,
+        cfg: HashConfig,
         compression_table: Tensor | np.ndarray,
         pad_id: int,
         device: torch.device | str | None = None,
@@ -145,6 +176,9 @@ class NgramHasher:
             )
         if not 0 <= pad_id < table.numel():
             raise ValueError(f"pad_id={pad_id} must be a token id in 0..{table.numel() - 1} (the tokenizer's padding)")
+        if not cfg.compress:
+            table = torch.arange(table.numel(), device=table.device)
+        self.shuffled = cfg.shuffled
         self.compression_table = table
         self.compressed_pad_id = int(table[pad_id])
         self.table_sizes = table_sizes(cfg)
@@ -157,7 +191,7 @@ class NgramHasher:
         }
 
     def __call__(self, token_ids: Tensor, document_ids: Tensor | None = None) -> dict[int, Tensor]:
-        """Rows of every Engram layer.
+        """Rows of every layer with a table.
 
         Args:
             token_ids: (B, S) int64.
@@ -165,11 +199,20 @@ class NgramHasher:
 
         Returns:
             {layer: (B, S, R) int64} on the device of the compression table.
+
+        Raises:
+            ValueError: shuffled rows are asked for a batch of one sequence, which has no neighbour.
         """
+        if self.shuffled and token_ids.shape[0] == 1:
+            raise ValueError(
+                "shuffled=true gives a sequence the rows of its neighbour, and this batch is one sequence; nearest: 2 "
+                "(in training train.micro_batch_size=2)"
+            )
         compressed = self.compression_table[token_ids.to(self.compression_table.device)]
         if document_ids is not None:
             document_ids = document_ids.to(compressed.device)
-        return {
+        row_ids = {
             layer: ngram_row_ids(compressed, document_ids, self.multipliers[layer], sizes, self.compressed_pad_id)
             for layer, sizes in self.table_sizes.items()
         }
+        return {layer: ids.roll(-1, dims=0) for layer, ids in row_ids.items()} if self.shuffled else row_ids

@@ -60,6 +60,29 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
+class _AddRMSNorm(torch.autograd.Function):
+    """The native path of `add_rms_norm`: one pass each way."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        hidden, update = hidden.contiguous(), update.contiguous()
+        total, normed, inverse = torch.empty_like(hidden), torch.empty_like(hidden), hidden.new_empty(hidden.shape[:-1])
+        ctx.sizes = (inverse.numel(), hidden.shape[-1])
+        native.call("add_rms_norm_forward", *ctx.sizes, float(eps), hidden, update, weight, total, normed, inverse)
+        ctx.save_for_backward(total, weight, inverse)
+        return total, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # read once: activation checkpointing gives them out once
+        grad_total, grad_normed = (grad.contiguous() for grad in grads)
+        grad_hidden = torch.empty_like(grad_total)
+        results = (grad_hidden, torch.empty_like(grad_hidden, dtype=torch.bfloat16), torch.zeros_like(saved[1]))
+        native.call("add_rms_norm_backward", *ctx.sizes, *saved, grad_normed, grad_total, *results)
+        return *results, None
+
+
 class RMSNorm(nn.Module):
     """`rms_norm` with a learnt weight per coordinate."""
 
@@ -71,3 +94,24 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Args: x (..., D)."""
         return rms_norm(x, self.weight, self.eps)
+
+
+def add_rms_norm(hidden: Tensor, update: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+    """What stands between two sub-layers: the residual hidden + update, and its norm.
+
+    Args:
+        hidden: (..., D).
+        update: like `hidden`, of any type.
+        norm: of the next sub-layer.
+
+    Returns:
+        (..., D) the sum, (..., D) its norm.
+    """
+    if (
+        native.available(hidden, torch.float32)
+        and update.dtype == torch.bfloat16
+        and norm.weight.dtype == torch.float32
+    ):
+        return _AddRMSNorm.apply(hidden, update, norm.weight, norm.eps)
+    hidden = hidden + update
+    return hidden, norm(hidden)

@@ -9,14 +9,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.attention import Attention, AttentionConfig, attention_bias, attention_mask
+from models.attention import Attention, AttentionConfig
 from models.engram import Engram, EngramConfig
 from models.feed_forward import SwiGLU
+from models.hyper_connections import HyperConnection, HyperConnectionsConfig, enter, leave, read, write
 from models.loss import linear_cross_entropy
+from models.mla import LatentAttention, MLAConfig
 from models.moe import MoE, MoEConfig, MoEStats
-from models.norm import RMSNorm
+from models.norm import RMSNorm, add_rms_norm
+from models.over_encoding import OverEncoding, OverEncodingConfig
 from models.precision import compute_dtype
+from models.rotary import RotaryConfig
 from models.router import Router
+from models.softmax_attention import attention_bias, attention_mask
 
 
 class ActivationCheckpointing(str, Enum):
@@ -28,7 +33,10 @@ class ActivationCheckpointing(str, Enum):
 
 @dataclass
 class TransformerConfig:
-    """Shape of the whole model. `moe` and `engram` are None where the model has no such part."""
+    """Shape of the whole model; a part that the model lacks is None.
+
+    Of `attention` and `mla` exactly one is set: the other would have no effect.
+    """
 
     vocab_size: int = 4096
     seq_len: int = 256  # longest sequence, in tokens
@@ -41,9 +49,13 @@ class TransformerConfig:
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     init_std: float = 0.02  # standard deviation of every weight matrix and table at the start
     embedding_init_std: float | None = None  # that of the token embedding, if another; docs/log.md says what it does
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    rotary: RotaryConfig = field(default_factory=RotaryConfig)
+    attention: AttentionConfig | None = field(default_factory=AttentionConfig)  # grouped-query; null with `mla`
+    mla: MLAConfig | None = None  # multi-head latent attention in every layer
     moe: MoEConfig | None = None
     engram: EngramConfig | None = None
+    over_encoding: OverEncodingConfig | None = None  # memory at the input in the place of `engram`
+    hyper_connections: HyperConnectionsConfig | None = None  # None: the plain residual, one stream
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "seq_len", "num_layers", "d_model", "d_ff"):
@@ -64,6 +76,12 @@ class TransformerConfig:
             raise ValueError(
                 f"model.embedding_init_std={self.embedding_init_std} must be positive, or null: init_std; usual: 0.02"
             )
+        if self.attention is not None and self.mla is not None:
+            raise ValueError(
+                f"model.attention={self.attention} has no effect beside model.mla={self.mla}; set model.attention=null"
+            )
+        if self.attention is None and self.mla is None:
+            raise ValueError("model.attention=null and model.mla=null leave layers without attention; set one of them")
         if self.moe is not None and self.moe.shared_widths is not None:
             widths = self.moe.shared_widths
             if len(widths) != self.num_moe_layers:
@@ -71,12 +89,27 @@ class TransformerConfig:
                     f"model.moe.shared_widths={widths} must hold one width per MoE layer, {self.num_moe_layers} "
                     f"(num_layers - num_dense_layers), not {len(widths)}"
                 )
+        if self.engram is not None and self.over_encoding is not None:
+            raise ValueError(
+                "model.engram and model.over_encoding are both set: they are compared with each other, and a budget "
+                "of rows belongs to one; set one of them to null"
+            )
         if self.engram is not None and max(self.engram.layers) >= self.num_layers:
             raise ValueError(
                 f"model.engram.layers={self.engram.layers} must lie in 0..{self.num_layers - 1} "
                 f"(model.num_layers={self.num_layers}, counted from 0); nearest: "
                 f"{sorted({min(layer, self.num_layers - 1) for layer in self.engram.layers})}"
             )
+        if self.engram is not None and not self.engram.multi_branch and self.hyper_connections is None:
+            raise ValueError(
+                "model.engram.multi_branch=False has no effect with one residual stream; set it to true, or set "
+                "model.hyper_connections"
+            )
+
+    @property
+    def memory(self) -> EngramConfig | OverEncodingConfig | None:
+        """The part that reads memory tables."""
+        return self.engram if self.engram is not None else self.over_encoding
 
     @property
     def num_moe_layers(self) -> int:
@@ -89,13 +122,24 @@ class TransformerConfig:
             return None
         return layer - self.num_dense_layers
 
+    @property
+    def num_streams(self) -> int:
+        """J: residual streams, 1 for the plain residual."""
+        return 1 if self.hyper_connections is None else self.hyper_connections.num_streams
+
+    @property
+    def num_engram_branches(self) -> int:
+        """Gates of an Engram module per position: one for every stream, or one in all without `multi_branch`."""
+        return self.num_streams if self.engram is not None and self.engram.multi_branch else 1
+
 
 @dataclass
 class Stats:
     """What the layers did with one micro-batch; nothing here carries a gradient."""
 
     expert_counts: Tensor | None = None  # (num_moe_layers, E) int64, tokens per routed expert
-    router_entropy: Tensor | None = None  # (num_moe_layers,) fp32, nats, mean over tokens
+    router_entropy: Tensor | None = None  # (num_moe_layers,) fp32, nats, mean over tokens; None without scores (hash)
+    dropped: Tensor | None = None  # (num_moe_layers,) fp32, part of the choices that met a full expert; None: no limit
     gate_mean: dict[int, Tensor] = field(default_factory=dict)  # Engram layer -> scalar
     gate_histogram: dict[int, Tensor] = field(default_factory=dict)  # -> (10,) gates per tenth of [0, 1]
 
@@ -110,47 +154,86 @@ class Output:
     stats: Stats
 
 
+def make_attention(cfg: TransformerConfig) -> Attention | LatentAttention:
+    """The attention of one layer."""
+    if cfg.mla is not None:
+        return LatentAttention(cfg.mla, cfg.rotary, cfg.d_model, cfg.seq_len, cfg.norm_eps)
+    assert cfg.attention is not None  # TransformerConfig refuses a model without either
+    return Attention(cfg.attention, cfg.rotary, cfg.d_model, cfg.seq_len, cfg.norm_eps)
+
+
 class BlockOutput(NamedTuple):
     """Hidden state and what the parts of one block report; None for parts the block lacks."""
 
-    hidden: Tensor  # (B, S, D)
+    hidden: Tensor  # (B, S, D), or (B, S, J, D) with hyper-connections
     moe: MoEStats | None
-    gate: Tensor | None  # (B, S, J), detached
+    gate: Tensor | None  # (B, S, J), detached; J = 1 also without `multi_branch`
 
 
 class Block(nn.Module):
-    """h <- h + engram(h);  h <- h + attention(norm(h));  h <- h + feed_forward(norm(h)), or experts instead."""
+    """h <- h + engram(h);  h <- h + attention(norm(h));  h <- h + feed_forward(norm(h)), or experts instead.
+
+    With hyper-connections attention and feed-forward have a connection each, h <- H_res h + H_post^T f(H_pre h), and
+    the Engram update is added to every stream as it is, each with a gate of its own (arXiv 2601.07372, eq 6).
+
+    Without `engram.multi_branch` (the paper's ablation "w/o multi branch": one fusion, of the hidden state after
+    H_pre) one gate sees the attention's input c = H_pre h, and c + engram(c) takes its place. The paper does not say
+    how the update reaches the stream. Here it is written with the attention's output, f(c) = u + attention(norm(c + u))
+    with u = engram(c): then the order is that of one stream, and a model of equal streams is the plain one.
+    """
 
     def __init__(self, cfg: TransformerConfig, layer: int):
         super().__init__()
-        has_engram = cfg.engram is not None and layer in cfg.engram.layers
-        self.engram = Engram(cfg.engram, cfg.d_model, layer) if cfg.engram is not None and has_engram else None
+        self.engram: Engram | None = None
+        if cfg.engram is not None and layer in cfg.engram.layers:
+            self.engram = Engram(cfg.engram, cfg.d_model, layer, cfg.num_engram_branches)
+        self.fuses_after_read = self.engram is not None and cfg.num_streams > 1 and cfg.num_engram_branches == 1
+        self.attention_connection: HyperConnection | None = None
+        self.feed_forward_connection: HyperConnection | None = None
+        if cfg.hyper_connections is not None:
+            self.attention_connection = HyperConnection(cfg.hyper_connections, cfg.d_model, 2 * layer)
+            self.feed_forward_connection = HyperConnection(cfg.hyper_connections, cfg.d_model, 2 * layer + 1)
         self.attention_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
-        self.attention = Attention(cfg.attention, cfg.d_model, cfg.seq_len, cfg.norm_eps)
+        self.attention = make_attention(cfg)
         self.feed_forward_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         moe_index = cfg.moe_index(layer)
         self.moe: MoE | None = None
         self.feed_forward: SwiGLU | None = None
         if cfg.moe is not None and moe_index is not None:
-            self.moe = MoE(cfg.moe, cfg.d_model, cfg.moe.shared_width(moe_index))
+            width = cfg.moe.shared_width(moe_index)
+            self.moe = MoE(cfg.moe, cfg.d_model, width, vocab_size=cfg.vocab_size, layer=layer)
         else:
             self.feed_forward = SwiGLU(cfg.d_model, cfg.d_ff)
 
-    def forward(self, hidden: Tensor, bias: Tensor, document_ids: Tensor, rows: Tensor | None) -> BlockOutput:
-        """Args: hidden (B, S, D), bias (B, 1, S, S), document_ids (B, S), rows (B, S, R, M) or None."""
+    def forward(
+        self, hidden: Tensor, bias: Tensor, token_ids: Tensor, document_ids: Tensor, rows: Tensor | None
+    ) -> BlockOutput:
+        """Args: hidden (B, S, [J,] D), bias (B, 1, S, S), token_ids, document_ids (B, S), rows (B, S, R, M) or None."""
         gate, moe_stats = None, None
-        if self.engram is not None and rows is not None:
-            update, gate = self.engram(hidden[:, :, None], rows, document_ids)  # one residual branch, J = 1
-            hidden = hidden + update[:, :, 0]
-            gate = gate.detach()
-        hidden = hidden + self.attention(self.attention_norm(hidden), bias)
-        normed = self.feed_forward_norm(hidden)
+        if self.engram is not None and rows is not None and not self.fuses_after_read:
+            branches = hidden if hidden.dim() == 4 else hidden[:, :, None]  # (B, S, J, D)
+            update, gate = self.engram(branches, rows, document_ids)
+            hidden = hidden + update.reshape(hidden.shape)
+        x, mappings = read(self.attention_connection, hidden)  # (B, S, D)
+        if self.engram is not None and rows is not None and self.fuses_after_read:
+            update, gate = self.engram(x[:, :, None], rows, document_ids)
+            memory = update[:, :, 0].to(x.dtype)
+            update = memory + self.attention(self.attention_norm(x + memory), bias)
+        else:
+            update = self.attention(self.attention_norm(x), bias)
+        if self.feed_forward_connection is None:
+            hidden, normed = add_rms_norm(hidden, update, self.feed_forward_norm)
+            mappings = None
+        else:
+            hidden = write(hidden, update, mappings)
+            x, mappings = read(self.feed_forward_connection, hidden)  # (B, S, D)
+            normed = self.feed_forward_norm(x)
         if self.moe is not None:
-            update, moe_stats = self.moe(normed)
-            hidden = hidden + update
+            update, moe_stats = self.moe(normed, token_ids)
+            hidden = write(hidden, update, mappings)
         elif self.feed_forward is not None:
-            hidden = hidden + self.feed_forward(normed)
-        return BlockOutput(hidden, moe_stats, gate)
+            hidden = write(hidden, self.feed_forward(normed), mappings)
+        return BlockOutput(hidden, moe_stats, None if gate is None else gate.detach())
 
 
 class Transformer(nn.Module):
@@ -160,6 +243,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.over_encoding = OverEncoding(cfg.over_encoding, cfg.d_model) if cfg.over_encoding is not None else None
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.head = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
@@ -176,34 +260,39 @@ class Transformer(nn.Module):
         Args:
             token_ids: (B, S) int64, S <= seq_len.
             document_ids: (B, S) int64, equal within a document; nothing reads across documents.
-            memory_rows: {layer: (B, S, R, M)} for exactly the Engram layers.
+            memory_rows: {layer: (B, S, R, M)} for exactly the layers of `cfg.memory`.
             targets: (B, S) int64, the next token, or IGNORE_INDEX where nothing is to be predicted.
         """
         self._check_inputs(token_ids, memory_rows or {})
         memory_rows = memory_rows or {}
         hidden = self.embedding(token_ids)  # (B, S, D)
+        if self.over_encoding is not None:
+            (rows,) = memory_rows.values()
+            hidden = self.over_encoding(hidden, rows)
+        hidden = enter(self.cfg.hyper_connections, hidden)  # (B, S, D), or (B, S, J, D)
         bias = attention_bias(attention_mask(document_ids), compute_dtype(hidden))  # (B, 1, S, S)
         outputs: list[BlockOutput] = []
         for layer, block in enumerate(self.blocks):
-            output = self._run_block(block, hidden, bias, document_ids, memory_rows.get(layer))
+            output = self._run_block(block, hidden, bias, token_ids, document_ids, memory_rows.get(layer))
             hidden = output.hidden
             outputs.append(output)
         weight = self.embedding.weight if self.head is None else self.head.weight
-        hidden = self.norm(hidden)
+        hidden = self.norm(leave(self.cfg.hyper_connections, hidden))  # (B, S, D)
         aux_losses, stats = summarize(outputs)
         if targets is None:
             return Output(F.linear(hidden, weight), None, aux_losses, stats)  # (B, S, V)
         return Output(None, linear_cross_entropy(hidden, weight, targets), aux_losses, stats)
 
     def update_expert_bias(self, expert_counts: Tensor) -> None:
-        """Moves the routers' biases; called once per applied step.
+        """Moves the routers' biases, where they have any; called once per applied step.
 
         Args:
             expert_counts: (num_moe_layers, E), summed over the step's micro-batches and ranks.
         """
-        routers = [module for module in self.modules() if isinstance(module, Router)]
-        for router, counts in zip(routers, expert_counts, strict=True):
-            router.update_expert_bias(counts)
+        layers = [module for module in self.modules() if isinstance(module, MoE)]
+        for layer, counts in zip(layers, expert_counts, strict=True):
+            if isinstance(layer.router, Router):
+                layer.router.update_expert_bias(counts)
 
     def _run_block(self, block: nn.Module, hidden: Tensor, *args: Tensor | None) -> BlockOutput:
         if self.cfg.activation_checkpointing is ActivationCheckpointing.full and torch.is_grad_enabled():
@@ -214,10 +303,12 @@ class Transformer(nn.Module):
     def _check_inputs(self, token_ids: Tensor, memory_rows: dict[int, Tensor]) -> None:
         if token_ids.shape[1] > self.cfg.seq_len:
             raise ValueError(f"a batch of {token_ids.shape[1]} positions exceeds model.seq_len={self.cfg.seq_len}")
-        expected = set() if self.cfg.engram is None else set(self.cfg.engram.layers)
+        memory = self.cfg.memory
+        expected = set() if memory is None else set(memory.layers)
         if set(memory_rows) != expected:
+            part = "over_encoding" if self.cfg.over_encoding is not None else "engram"
             raise ValueError(
-                f"memory_rows holds layers {sorted(memory_rows)}, model.engram.layers asks for {sorted(expected)}"
+                f"memory_rows holds layers {sorted(memory_rows)}, model.{part}.layers asks for {sorted(expected)}"
             )
 
 
@@ -238,5 +329,10 @@ def summarize(outputs: list[BlockOutput]) -> tuple[dict[str, Tensor], Stats]:
     if not moe_outputs:
         return {}, stats
     stats.expert_counts = torch.stack([moe.counts for moe in moe_outputs])
-    stats.router_entropy = torch.stack([moe.entropy for moe in moe_outputs])
-    return {"sequence_balance": torch.stack([moe.balance_loss for moe in moe_outputs]).sum()}, stats
+    # One kind of router serves all layers: a loss or a statistic is there in all of them or in none.
+    entropies = [moe.entropy for moe in moe_outputs if moe.entropy is not None]
+    dropped = [moe.dropped for moe in moe_outputs if moe.dropped is not None]
+    stats.router_entropy = torch.stack(entropies) if entropies else None
+    stats.dropped = torch.stack(dropped) if dropped else None
+    names = moe_outputs[0].aux_losses
+    return {name: torch.stack([moe.aux_losses[name] for moe in moe_outputs]).sum() for name in names}, stats

@@ -18,11 +18,13 @@ import copy
 import dataclasses
 from dataclasses import dataclass
 from enum import Enum
+from typing import TypeVar
 
 from models.accounting import count_parameters, flops_per_token
 from models.engram import EngramConfig
 from models.moe import MoEConfig
 from models.ngram_hash import num_rows
+from models.over_encoding import OverEncodingConfig
 from models.transformer import TransformerConfig
 
 # Largest |relative difference| to the rho = 1 arm that `strict` accepts (dimensionless; the project's own limits).
@@ -83,9 +85,9 @@ def solve(base: TransformerConfig, rho: float, matching: Matching, engram: Engra
     Raises:
         AllocationError: rho outside [0, 1], a base that is no rho = 1 shape, or no integer solution within tolerance.
     """
-    moe = _check(base, rho)
+    moe = check_base(base, rho)
     if rho == 1:
-        return _measure(base, copy.deepcopy(base), rho, "the base shape")
+        return measure(base, copy.deepcopy(base), rho, "the base shape")
     arm = _solve_for_experts(base, num_experts_at(rho, moe.num_experts, moe.router.top_k), rho, matching, engram)
     if not arm.feasible:
         nearest = nearest_feasible(base, rho, matching, engram)
@@ -97,7 +99,7 @@ def solve(base: TransformerConfig, rho: float, matching: Matching, engram: Engra
 
 def nearest_feasible(base: TransformerConfig, rho: float, matching: Matching, engram: EngramConfig) -> float:
     """The rho closest to the requested one whose expert count has a solution (1 is always one)."""
-    moe = _check(base, rho)
+    moe = check_base(base, rho)
     span = moe.num_experts - moe.router.top_k
     for candidate in sorted((n / span for n in range(span)), key=lambda value: abs(value - rho)):
         if abs(candidate - rho) >= 1 - rho:
@@ -108,44 +110,15 @@ def nearest_feasible(base: TransformerConfig, rho: float, matching: Matching, en
     return 1.0
 
 
-def one_row_pure(base: TransformerConfig, matching: Matching, engram: EngramConfig) -> Arm:
-    """Control (a): the rho = 1 experts with a module of one row per head: what the module's own path is worth.
-
-    `strict` takes the projections' FLOPs out of the shared experts, so that parameters and FLOPs both match the base.
-    """
-    _check(base, 1.0)
-    config = dataclasses.replace(copy.deepcopy(base), engram=dataclasses.replace(engram, table_size=ONE_ROW))
-    return _control(base, config, 1.0, matching, "all experts and a one-row module")
-
-
-def no_module(base: TransformerConfig, rho: float, matching: Matching, engram: EngramConfig) -> Arm:
-    """Control (b): the experts of `rho` without the module: what fewer, better-trained experts alone are worth.
-
-    `strict` gives the shared experts back what the module had taken, so that FLOPs match the base. Total parameters
-    are fewer by design: `params_residual` says by how much.
-    """
-    num_experts = solve(base, rho, matching, engram).num_experts
-    return _control(base, _with_experts(base, num_experts), rho, matching, f"the experts of rho={rho:g}, no module")
-
-
-def one_row(base: TransformerConfig, rho: float, matching: Matching, engram: EngramConfig) -> Arm:
-    """Control (c): the arm at `rho` in everything but its tables, which have one row per head.
-
-    FLOPs equal the arm's; total parameters are fewer by the tables.
-    """
-    config = solve(base, rho, matching, engram).config
-    if config.engram is None:
-        raise AllocationError(f"control_rho={rho:g} has no module to take rows from; choose a control rho below 1")
-    config = dataclasses.replace(config, engram=dataclasses.replace(config.engram, table_size=ONE_ROW))
-    return _measure(base, config, rho, f"the arm of rho={rho:g} with one-row tables")
-
-
-def memory_parameters(engram: EngramConfig) -> int:
+def memory_parameters(memory: EngramConfig | OverEncodingConfig) -> int:
     """Parameters of all tables: sum over layers, orders and heads of prime rows * row_dim. Nothing is allocated."""
-    return engram.row_dim * sum(num_rows(engram).values())
+    return memory.row_dim * sum(num_rows(memory).values())
 
 
-def fit_table_size(engram: EngramConfig, target: int) -> EngramConfig | None:
+Template = TypeVar("Template", EngramConfig, OverEncodingConfig)
+
+
+def fit_table_size(memory: Template, target: int) -> Template | None:
     """The template with the table_size whose prime tables hold as near `target` parameters as primes allow.
 
     Memory never falls when table_size grows, so two neighbours enclose the target; the nearer wins.
@@ -155,19 +128,19 @@ def fit_table_size(engram: EngramConfig, target: int) -> EngramConfig | None:
     """
 
     def at(rows: int) -> int:
-        return memory_parameters(dataclasses.replace(engram, table_size=rows))
+        return memory_parameters(dataclasses.replace(memory, table_size=rows))
 
-    low, high = ONE_ROW + 1, max(ONE_ROW + 2, target // engram.row_dim + 2)
+    low, high = ONE_ROW + 1, max(ONE_ROW + 2, target // memory.row_dim + 2)
     if at(low) > 2 * target:
         return None
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if at(middle) <= target else (low, middle)
     rows = min((low, high), key=lambda value: abs(at(value) - target))
-    return dataclasses.replace(engram, table_size=rows)
+    return dataclasses.replace(memory, table_size=rows)
 
 
-def _check(base: TransformerConfig, rho: float) -> MoEConfig:
+def check_base(base: TransformerConfig, rho: float) -> MoEConfig:
     """Refuse what is no allocation problem; returns the base's experts."""
     if not 0 <= rho <= 1:
         raise AllocationError(
@@ -182,11 +155,18 @@ def _check(base: TransformerConfig, rho: float) -> MoEConfig:
         raise AllocationError(
             "model.engram must be null in a sweep: the base is the rho = 1 shape; describe the module in sweep.engram"
         )
+    if base.over_encoding is not None:
+        raise AllocationError("model.over_encoding must be null in a sweep, which divides a budget with Engram")
     if base.num_moe_layers == 0:
         raise AllocationError(
             f"model.num_dense_layers={base.num_dense_layers} must be below model.num_layers={base.num_layers}: with "
             "dense layers alone there are no experts to divide; set model.num_dense_layers=0, or at most "
             f"{base.num_layers - 1}"
+        )
+    if base.moe.router.num_groups > 1:
+        raise AllocationError(
+            f"model.moe.router.num_groups={base.moe.router.num_groups} must be 1 in a sweep: arms differ by single "
+            "experts, groups must stay of equal size"
         )
     if base.moe.num_experts <= base.moe.router.top_k:
         raise AllocationError(
@@ -201,20 +181,20 @@ def _solve_for_experts(
 ) -> Arm:
     """The arm with this many experts; `feasible` says whether it keeps what the matching promises."""
     smallest = dataclasses.replace(engram, table_size=ONE_ROW)
-    config = dataclasses.replace(_with_experts(base, num_experts), engram=smallest)
+    config = dataclasses.replace(with_experts(base, num_experts), engram=smallest)
     assert base.moe is not None
     if num_experts == base.moe.num_experts:
         step = 1 / (num_experts - base.moe.router.top_k)
-        return _measure(base, config, rho, f"no expert is removed (rho moves in steps of {step:.3g})", feasible=False)
+        return measure(base, config, rho, f"no expert is removed (rho moves in steps of {step:.3g})", feasible=False)
     if matching is Matching.paper:
         freed = count_parameters(base).experts - count_parameters(config).experts
         return _fill_tables(base, config, rho, freed)
-    widths, reason = _shared_widths_for_equal_flops(base, config)
-    arm = _measure(base, config, rho, reason, feasible=False)
+    widths, reason = shared_widths_for_equal_flops(base, config)
+    arm = measure(base, config, rho, reason, feasible=False)
     for candidate in widths:
-        counts = count_parameters(_with_widths(config, candidate))
+        counts = count_parameters(with_widths(config, candidate))
         target = count_parameters(base).total - (counts.total - counts.memory)
-        arm = _within_tolerance(_fill_tables(base, _with_widths(config, candidate), rho, target), params=True)
+        arm = _within_tolerance(_fill_tables(base, with_widths(config, candidate), rho, target), params=True)
         if arm.feasible:
             break
     return arm
@@ -225,21 +205,11 @@ def _fill_tables(base: TransformerConfig, config: TransformerConfig, rho: float,
     assert config.engram is not None
     filled = fit_table_size(config.engram, target)
     if filled is None:
-        return _measure(base, config, rho, f"{target:,} parameters are too few for prime tables", feasible=False)
-    return _measure(base, dataclasses.replace(config, engram=filled), rho, "")
+        return measure(base, config, rho, f"{target:,} parameters are too few for prime tables", feasible=False)
+    return measure(base, dataclasses.replace(config, engram=filled), rho, "")
 
 
-def _control(base: TransformerConfig, config: TransformerConfig, rho: float, matching: Matching, message: str) -> Arm:
-    """Measure a control whose FLOPs `strict` keeps through the shared width."""
-    if matching is Matching.strict:
-        widths, reason = _shared_widths_for_equal_flops(base, config)
-        if not widths:
-            raise AllocationError(f"control at rho={rho:g}: {reason}")
-        config = _with_widths(config, widths[0])
-    return _measure(base, config, rho, message)
-
-
-def _shared_widths_for_equal_flops(base: TransformerConfig, config: TransformerConfig) -> tuple[list[list[int]], str]:
+def shared_widths_for_equal_flops(base: TransformerConfig, config: TransformerConfig) -> tuple[list[list[int]], str]:
     """Shared widths per MoE layer that keep the base's FLOPs within the tolerance, the best first.
 
     FLOPs are linear in the width, so one unit of 8 columns measured on the config itself gives the number of units.
@@ -248,7 +218,7 @@ def _shared_widths_for_equal_flops(base: TransformerConfig, config: TransformerC
     Returns:
         (candidates, why there are none where there are none).
     """
-    widths = _shared_widths(config)
+    widths = shared_widths(config)
     if min(widths) == 0:
         return [], (
             "no shared expert pays for the Engram projections: "
@@ -256,7 +226,7 @@ def _shared_widths_for_equal_flops(base: TransformerConfig, config: TransformerC
         )
     base_flops = flops_per_token(base).with_head
     excess = flops_per_token(config).with_head - base_flops
-    one_more = _with_widths(config, [widths[0] + WIDTH_MULTIPLE, *widths[1:]])
+    one_more = with_widths(config, [widths[0] + WIDTH_MULTIPLE, *widths[1:]])
     unit = flops_per_token(one_more).with_head - flops_per_token(config).with_head
     nearest = round(excess / unit)
     steps = sorted(range(nearest - MAX_UNITS_OFF, nearest + MAX_UNITS_OFF + 1), key=lambda n: abs(excess - n * unit))
@@ -293,9 +263,7 @@ def _within_tolerance(arm: Arm, params: bool) -> Arm:
     return dataclasses.replace(arm, feasible=not reasons, message="; ".join(reasons) or arm.message)
 
 
-def _measure(
-    base: TransformerConfig, config: TransformerConfig, rho: float, message: str, feasible: bool = True
-) -> Arm:
+def measure(base: TransformerConfig, config: TransformerConfig, rho: float, message: str, feasible: bool = True) -> Arm:
     """Residuals and rho_actual of a config, from the exact accounting."""
     counts, base_counts = count_parameters(config), count_parameters(base)
     base_flops = flops_per_token(base).with_head
@@ -313,20 +281,20 @@ def _measure(
     )
 
 
-def _shared_widths(config: TransformerConfig) -> list[int]:
+def shared_widths(config: TransformerConfig) -> list[int]:
     """Width of the shared expert of each MoE layer."""
     assert config.moe is not None
     return [config.moe.shared_width(layer) for layer in range(config.num_moe_layers)]
 
 
-def _with_experts(base: TransformerConfig, num_experts: int) -> TransformerConfig:
+def with_experts(base: TransformerConfig, num_experts: int) -> TransformerConfig:
     """A copy of the base with another number of routed experts."""
     config = copy.deepcopy(base)
     assert config.moe is not None
     return dataclasses.replace(config, moe=dataclasses.replace(config.moe, num_experts=num_experts))
 
 
-def _with_widths(config: TransformerConfig, widths: list[int]) -> TransformerConfig:
+def with_widths(config: TransformerConfig, widths: list[int]) -> TransformerConfig:
     """A copy with these shared widths, one per MoE layer."""
     assert config.moe is not None
     return dataclasses.replace(config, moe=dataclasses.replace(config.moe, shared_widths=list(widths)))

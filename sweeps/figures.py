@@ -26,7 +26,14 @@ FORM_DASH = {
     FormName.asymmetric: "solid",
     FormName.skewed: "dashdot",
 }
-CONTROL_SYMBOLS = {"no_module": "square-open", "one_row": "triangle-up-open", "one_row_pure": "diamond-open"}
+CONTROL_SYMBOLS = {
+    "no_module": "square-open",
+    "one_row": "triangle-up-open",
+    "one_row_pure": "diamond-open",
+    "shuffled": "triangle-down-open",
+    "frozen": "cross-open",
+    "extra_shared": "x-open",
+}
 GRAY = "#8a8a8a"
 RHO_STOPS = (0.0, 0.35, 0.7, 1.0)
 RHO_CHANNELS = ((60, 60, 225, 210), (110, 165, 150, 60), (215, 110, 40, 60))  # red, green, blue at the stops

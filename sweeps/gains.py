@@ -17,6 +17,9 @@ CONTROLS = {
     "no_module": "the same experts without the module",
     "one_row": "the same experts with a one-row module (the module's path, no memory)",
     "one_row_pure": "the rho = 1 experts with a one-row module",
+    "shuffled": "the same arm with its neighbours' rows (equal traffic, no n-gram information)",
+    "frozen": "the same arm with random tables that are not trained",
+    "extra_shared": "the same experts with wider shared experts in place of the module",
 }
 SIMULATIONS = 20_000  # draws for the quantile that allows for choosing the best arm
 SIMULATION_SEED = 20_260_122

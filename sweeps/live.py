@@ -148,6 +148,8 @@ class SweepView:
 
 def label(trial: Trial) -> str:
     """How a trial is called on the screen."""
+    if trial.name:
+        return f"{trial.name} seed={trial.seed}"
     scale = f" lr x{trial.lr_scale:g}" if trial.lr_scale != 1 else ""
     return f"{trial.kind.value} rho={trial.rho:g}{scale} seed={trial.seed}"
 

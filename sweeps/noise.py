@@ -27,7 +27,7 @@ class Point:
         rho: Share of the inactive parameters in routed experts, in [0, 1]; 1 is pure MoE.
         seed: Trials with equal seeds share data order and, where shapes agree, initial weights.
         loss: Validation loss in nats per token.
-        kind: `arm`, or a control: `no_module`, `one_row`, `one_row_pure`, or `lr`.
+        kind: `arm`, or a control: `no_module`, `one_row`, ... (see `sweeps.gains`), or `lr`.
         lr_scale: Factor on the learning rate; 1 except for kind `lr`.
     """
 

@@ -16,8 +16,10 @@ import psutil
 import torch
 
 from models.accounting import ParameterRole, bytes_per_parameter, count_parameters, flops_per_token
+from models.memory_table import MemoryOptimConfig
+from models.moe import ExpertKernel
 from models.transformer import TransformerConfig
-from sweeps import allocation
+from sweeps import allocation, controls
 from sweeps.allocation import Arm
 from sweeps.live import RemainingTime
 from sweeps.processes import cpu_cores
@@ -27,6 +29,7 @@ from train.config import Config, resolve, to_plain, validate
 from train.data import check_fits
 from train.engine import NativeKernels, Precision
 from train.identity import identity_settings
+from train.kernel_choice import expert_kernel_of
 from train.shards import PreparedData
 
 # Sustained training FLOP/s of one CPU thread and of one GPU, for the first estimate of a sweep only: finished trials
@@ -92,16 +95,18 @@ class Planner:
 
         Raises:
             allocation.AllocationError: an arm has no solution; the message names the nearest feasible rho.
-            ValueError: two values of rho lead to the same arm.
+            ValueError: two values of rho lead to the same arm, two controls to the same trial, or settings of a trial
+                do not fit each other.
         """
         sweep, base_model = self._sweep, self._base.model
         arms = {rho: allocation.solve(base_model, rho, sweep.matching, sweep.engram) for rho in sweep.rhos}
         _refuse_equal_arms(arms)
-        controls = [(kind, self._solve_control(kind)) for kind in sweep.controls]
+        solved = [(kind, self._solve_control(kind)) for kind in sweep.controls]
         trials = []
         for seed in sweep.seeds:
             trials += [self._trial(TrialKind.arm, arm, seed) for arm in arms.values()]
-            trials += [self._trial(kind, arm, seed) for kind, arm in controls]
+            trials += [self._trial(kind, arm, seed) for kind, arm in solved]
+        _refuse_equal_trials(trials)
         trials += self._lr_trials(arms[1.0])
         return Plan(
             name=sweep.name,
@@ -142,8 +147,14 @@ class Planner:
     def _solve_control(self, kind: TrialKind) -> Arm:
         base, sweep = self._base.model, self._sweep
         if kind is TrialKind.one_row_pure:
-            return allocation.one_row_pure(base, sweep.matching, sweep.engram)
-        solve = allocation.no_module if kind is TrialKind.no_module else allocation.one_row
+            return controls.one_row_pure(base, sweep.matching, sweep.engram)
+        solve = {
+            TrialKind.no_module: controls.no_module,
+            TrialKind.one_row: controls.one_row,
+            TrialKind.shuffled: controls.shuffled,
+            TrialKind.frozen: controls.frozen,
+            TrialKind.extra_shared: controls.extra_shared,
+        }[kind]
         return solve(base, sweep.control_rho, sweep.matching, sweep.engram)
 
     def _lr_trials(self, arm: Arm) -> list[Trial]:
@@ -162,8 +173,11 @@ class Planner:
         """One trial: the base configuration with the arm's model, the seed and the learning rates."""
         config = copy.deepcopy(self._base)
         config.model, config.seed = copy.deepcopy(arm.config), seed
+        if kind is TrialKind.frozen:
+            config.memory = MemoryOptimConfig(frozen=True)
         config.optim.lr *= lr_scale
         config.optim.muon_lr *= lr_scale
+        validate(config)
         config.run_dir = ""
         plain = to_plain(config)
         counts, flops = count_parameters(arm.config), flops_per_token(arm.config)
@@ -215,10 +229,10 @@ class Planner:
         return tokens * (1 + between)
 
     def _identity(self) -> dict[str, Any]:
-        shared = identity_settings(to_plain(self._base))
-        del shared["seed"]
         sweep = {"matching": self._sweep.matching.value, "engram": to_plain(self._sweep.engram)}
-        return {**shared, "sweep": sweep}
+        shared = identity_settings({**to_plain(self._base), "sweep": sweep})
+        del shared["seed"]
+        return shared
 
     def _notes(self) -> list[str]:
         """Choices made for the user, and what the user should know before spending the time."""
@@ -262,13 +276,13 @@ class Machine:
 def checkpoint_bytes(model: TransformerConfig, averaged: bool) -> int:
     """Bytes of one checkpoint, at most: fp32 weights, their two Adam moments, the tables' likewise, and the average.
 
-    Muon keeps one moment; its checkpoints are smaller. Gradients are not saved.
+    Muon keeps one moment and frozen tables none; their checkpoints are smaller. Gradients are not saved.
     """
     counts = count_parameters(model)
     dense = bytes_per_parameter(ParameterRole.adamw)
     size = counts.trained_by_engine * (dense.weights + dense.optimizer + AVERAGE_BYTES * averaged)
-    if model.engram is not None:
-        row_dim = model.engram.row_dim
+    if model.memory is not None:
+        row_dim = model.memory.row_dim
         table = bytes_per_parameter(ParameterRole.memory, row_dim=row_dim)
         row_average = AVERAGE_BYTES + ROW_STEP_BYTES / row_dim
         size += counts.memory * (table.weights + table.optimizer + row_average * averaged)
@@ -299,6 +313,9 @@ def _keep_machine_choices(base: Config, previous: Plan) -> None:
         base.engine.precision = Precision(engine["precision"])
     if base.engine.native_kernels is NativeKernels.auto:
         base.engine.native_kernels = NativeKernels(engine["native_kernels"])
+    kernel = expert_kernel_of(previous.identity)
+    if base.model.moe is not None and base.model.moe.expert_kernel is ExpertKernel.auto and kernel is not None:
+        base.model.moe.expert_kernel = kernel
 
 
 def _refuse_equal_arms(arms: dict[float, Arm]) -> None:
@@ -310,3 +327,14 @@ def _refuse_equal_arms(arms: dict[float, Arm]) -> None:
                 "and would be the same trial; drop one, or use a base with more experts"
             )
         seen[arm.num_experts] = rho
+
+
+def _refuse_equal_trials(trials: list[Trial]) -> None:
+    seen: dict[str, TrialKind] = {}
+    for trial in trials:
+        if trial.trial_id in seen:
+            raise ValueError(
+                f"sweep.controls: {seen[trial.trial_id].value} and {trial.kind.value} are the same trial with these "
+                "settings; drop one of them"
+            )
+        seen[trial.trial_id] = trial.kind

@@ -27,11 +27,21 @@ TITLES = {
     Verdict.too_few_points: "too few values of rho for a verdict",
     Verdict.too_few_seeds: "too few paired seeds for a verdict",
 }
-CONTROL_MARKERS = {"no_module": "s", "one_row": "^", "one_row_pure": "D"}
+CONTROL_MARKERS = {
+    "no_module": "s",
+    "one_row": "^",
+    "one_row_pure": "D",
+    "shuffled": "p",
+    "frozen": "h",
+    "extra_shared": "8",
+}
 CONTROL_LABELS = {
     "no_module": "control: same experts, no module",
     "one_row": "control: same experts, one-row module",
     "one_row_pure": "control: rho = 1 experts, one-row module",
+    "shuffled": "control: same arm, neighbours' rows",
+    "frozen": "control: same arm, untrained tables",
+    "extra_shared": "control: same experts, wider shared expert",
 }
 FORM_STYLES = {
     FormName.quadratic: ("--", "0.45"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from models.engram import EngramConfig
 from sweeps.allocation import Matching
-from sweeps.trial import TrialKind
+from sweeps.trial import CONTROL_KINDS, TrialKind
 
 
 class KeepCheckpoints(str, Enum):
@@ -27,8 +27,8 @@ class SweepConfig:
     matching: Matching = Matching.strict
     rhos: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
     seeds: list[int] = field(default_factory=lambda: [0, 1])  # paired: every arm is trained with every seed
-    controls: list[TrialKind] = field(default_factory=list)  # one_row_pure (a), no_module (b), one_row (c)
-    control_rho: float = 0.4  # the arm that controls (b) and (c) belong to
+    controls: list[TrialKind] = field(default_factory=list)  # one_row_pure, no_module, one_row, ...: see TrialKind
+    control_rho: float = 0.4  # the arm that all controls but one_row_pure belong to
     lr_scales: list[float] = field(default_factory=list)  # learning-rate factors tried at rho = 1 and at the best rho
     lr_seeds: list[int] = field(default_factory=list)  # seeds of those trials; empty = all seeds
     jobs: int = 0  # trials at once; 0 = as many as cores, GPUs and memory allow
@@ -66,13 +66,13 @@ class SweepConfig:
             raise ValueError(f"sweep.jobs={self.jobs} must be >= 0; 0 chooses by cores, GPUs and memory")
 
     def _check_controls(self) -> None:
-        allowed = (TrialKind.one_row_pure, TrialKind.no_module, TrialKind.one_row)
         _refuse_duplicates("sweep.controls", self.controls)
         for kind in self.controls:
-            if kind not in allowed:
-                names = ", ".join(control.value for control in allowed)
+            if kind not in CONTROL_KINDS:
+                names = ", ".join(control.value for control in CONTROL_KINDS)
                 raise ValueError(f"sweep.controls: {kind.value} is no control; use {names}")
-        if set(self.controls) & set(allowed[1:]) and (self.control_rho not in self.rhos or self.control_rho == 1):
+        of_an_arm = set(self.controls) - {TrialKind.one_row_pure}
+        if of_an_arm and (self.control_rho not in self.rhos or self.control_rho == 1):
             nearest = min((r for r in self.rhos if r < 1), key=lambda r: abs(r - self.control_rho), default=None)
             raise ValueError(
                 f"sweep.control_rho={self.control_rho:g} must be one of sweep.rhos={self.rhos} and below 1: "

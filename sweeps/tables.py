@@ -113,7 +113,7 @@ def arm_table(sweep: SweepRecord, fit: AllocationFit | None) -> Table:
 
 def control_table(sweep: SweepRecord) -> Table | None:
     """Controls and learning-rate trials beside the arm with the same experts and seed."""
-    trials = [*sweep.of_kind("no_module", "one_row", "one_row_pure"), *sweep.of_kind("lr")]
+    trials = [*sweep.of_kind(*CONTROLS), *sweep.of_kind("lr")]
     if not trials:
         return None
     arms = {(trial.rho, trial.seed): trial for trial in sweep.of_kind("arm")}
@@ -243,7 +243,7 @@ def _sweep_command(sweep: SweepRecord) -> str:
         ("sweep.controls", controls),
         ("sweep.lr_scales", list(dict.fromkeys(t.lr_scale for t in trials if t.kind == "lr"))),
     ]
-    chosen = next((t.rho for t in trials if t.kind in ("no_module", "one_row")), None)
+    chosen = next((t.rho for t in trials if t.kind in CONTROLS and t.kind != "one_row_pure"), None)
     settings += [("sweep.control_rho", chosen)] if chosen is not None else []
     settings += [pair for pair in _flat(identity) if pair[0] != "data.fingerprint"]
     words = [PYTHON, "-m", "sweeps.run", "action=run", *(f"{name}={_setting(value)}" for name, value in settings)]

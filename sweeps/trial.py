@@ -32,7 +32,15 @@ class TrialKind(str, Enum):
     one_row_pure = "one_row_pure"  # control (a): rho = 1 experts and a module with one row per head
     no_module = "no_module"  # control (b): the experts of control_rho, no module
     one_row = "one_row"  # control (c): the arm at control_rho with one row per head
+    shuffled = "shuffled"  # control (d): the arm at control_rho, each sequence with its neighbour's rows
+    frozen = "frozen"  # control (e): the arm at control_rho with random tables that are not trained
+    extra_shared = "extra_shared"  # control (f): the arm at control_rho, shared experts of equal size for its modules
     lr = "lr"  # an arm at another learning rate
+    rung = "rung"  # a model of a ladder (sweeps/ladder.py)
+
+
+# Kinds that stand beside the arm of `control_rho`, or beside rho = 1.
+CONTROL_KINDS = [kind for kind in TrialKind if kind not in (TrialKind.arm, TrialKind.lr, TrialKind.rung)]
 
 
 @dataclass
@@ -61,6 +69,7 @@ class Trial:
     estimated_disk_bytes: int  # of one checkpoint
     num_threads: int  # CPU threads of its process
     config: dict[str, Any]  # resolved; what is written to config.yaml
+    name: str = ""  # of a ladder's rung; trials of a sweep have none
 
 
 @dataclass

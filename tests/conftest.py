@@ -5,6 +5,9 @@ import random
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["TRITON_INTERPRET"] = (
+    "1"  # read when Triton is imported, by whatever test comes first; models on a CPU ignore it
+)
 os.environ["WANDB_MODE"] = "disabled"  # nobody's dashboard is fed by tests; those of wandb itself say otherwise
 
 import numpy as np

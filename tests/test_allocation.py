@@ -10,10 +10,11 @@ from models.attention import AttentionConfig
 from models.engram import EngramConfig
 from models.moe import MoEConfig
 from models.ngram_hash import table_sizes
-from models.router import RouterConfig
+from models.over_encoding import OverEncodingConfig
+from models.router import RouterConfig, RouterKind
 from models.transformer import Transformer, TransformerConfig
 from sweeps import allocation
-from sweeps.allocation import AllocationError, Arm, Matching, solve
+from sweeps.allocation import AllocationError, Matching, solve
 
 ENGRAM = EngramConfig()
 # Expert counts read off the paper's figure 3 (rho in percent -> routed experts), at 2e20 and 6e20 FLOPs.
@@ -113,6 +114,23 @@ def test_strict_keeps_the_parameters_of_the_real_module(rho: float, num_dense_la
     assert widths is None or all(width % 8 == 0 for width in widths)
 
 
+@pytest.mark.parametrize("matching", list(Matching))
+@pytest.mark.parametrize("rho", [0.0, 0.4, 0.7])
+@pytest.mark.parametrize(("kind", "top_k"), [("softmax", 4), ("gshard", 2), ("switch", 1), ("hash", 1)])
+def test_every_router_has_its_sweep(kind: str, top_k: int, rho: float, matching: Matching) -> None:
+    router = RouterConfig(RouterKind(kind), top_k)
+    shape = base(moe=MoEConfig(num_experts=40, router=router))
+    arm = solve(shape, rho, matching, ENGRAM)
+    assert arm.num_experts == top_k + round(rho * (40 - top_k))
+    assert arm.config.moe.router == router  # type: ignore[union-attr]
+    expected = module_parameters(shape)
+    residual = (module_parameters(arm.config) - expected) / expected
+    assert arm.params_residual == pytest.approx(residual, abs=1e-12)
+    assert abs(arm.rho_actual - rho) < 0.02
+    if matching is Matching.strict:
+        assert abs(residual) <= 1e-3 and abs(arm.flops_residual) <= 5e-3
+
+
 def test_strict_pays_the_projections_with_the_shared_width() -> None:
     """FLOPs per token of what changed, by hand: 2 per weight; attention, head and routed experts stay."""
     arm = solve(base(), 0.4, Matching.strict, ENGRAM)
@@ -151,6 +169,41 @@ def test_table_size_is_the_nearest_of_all(target: int) -> None:
     assert abs(allocation.memory_parameters(found) - target) == best
 
 
+@pytest.mark.parametrize("target", [200_000, 1_769_472])
+def test_two_modules_share_a_budget_by_narrower_or_by_fewer_rows(target: int) -> None:
+    """The paper divides one budget among two modules by a smaller d_mem (6.2), which leaves the rows per head alone."""
+    one = EngramConfig(layers=[1], num_hash_heads=2, d_memory=128)
+    narrower, fewer = dataclasses.replace(one, layers=[1, 3], d_memory=64), dataclasses.replace(one, layers=[1, 3])
+    found = [allocation.fit_table_size(template, target) for template in (one, narrower, fewer)]
+    for config in found:
+        assert config is not None
+        assert allocation.memory_parameters(config) == pytest.approx(target, rel=0.02)
+        per_layer = [sum(map(sum, sizes)) for sizes in table_sizes(config).values()]
+        assert max(per_layer) / min(per_layer) < 1.05  # primes are shared out, so the second layer has the larger ones
+    sizes = [config.table_size for config in found]  # type: ignore[union-attr]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
+    assert sizes[2] == pytest.approx(sizes[0] / 2, rel=0.04)
+
+
+@pytest.mark.parametrize("matching", list(Matching))
+def test_an_arm_with_two_modules_keeps_the_budget_of_one(matching: Matching) -> None:
+    two = EngramConfig(layers=[1, 3], d_memory=64)
+    arms = [solve(base(), 0.4, matching, engram) for engram in (ENGRAM, two)]
+    one_table, both = (table_parameters(arm.config) for arm in arms)
+    assert both == pytest.approx(one_table, rel=0.01)
+    assert arms[0].num_experts == arms[1].num_experts
+    assert arms[1].flops_residual == pytest.approx(arms[0].flops_residual, abs=5e-3)
+
+
+def test_over_encoding_takes_the_budget_of_an_engram() -> None:
+    """At equal widths of a row: the same primes, so the same table."""
+    engram = allocation.fit_table_size(ENGRAM, 1_769_472)
+    over_encoding = allocation.fit_table_size(OverEncodingConfig(), 1_769_472)
+    assert engram is not None and over_encoding is not None
+    assert (engram.table_size, engram.row_dim) == (over_encoding.table_size, over_encoding.row_dim)
+    assert allocation.memory_parameters(engram) == allocation.memory_parameters(over_encoding)
+
+
 def test_no_tables_for_a_target_below_the_smallest_primes() -> None:
     assert allocation.fit_table_size(ENGRAM, 100) is None
 
@@ -187,45 +240,18 @@ def test_nobody_to_pay() -> None:
     [
         (base(moe=None), "model.moe=null"),
         (base(engram=ENGRAM), "model.engram must be null"),
+        (base(over_encoding=OverEncodingConfig()), "model.over_encoding must be null"),
         (base(4), "must exceed model.moe.router.top_k=4"),
+        (
+            base(moe=MoEConfig(router=RouterConfig(num_groups=8, top_groups=4))),
+            r"model\.moe\.router\.num_groups=8 must be 1 in a sweep",
+        ),
         (base(num_dense_layers=4), r"model\.num_dense_layers=4 must be below model\.num_layers=4.*or at most 3"),
     ],
 )
 def test_bases_that_are_no_pure_arm(shape: TransformerConfig, message: str) -> None:
     with pytest.raises(AllocationError, match=message):
         solve(shape, 0.4, Matching.strict, ENGRAM)
-
-
-def controls() -> dict[str, Arm]:
-    return {
-        "a": allocation.one_row_pure(base(), Matching.strict, ENGRAM),
-        "b": allocation.no_module(base(), 0.4, Matching.strict, ENGRAM),
-        "c": allocation.one_row(base(), 0.4, Matching.strict, ENGRAM),
-    }
-
-
-def test_controls_keep_the_flops() -> None:
-    for arm in controls().values():
-        assert abs(arm.flops_residual) <= 5e-3
-
-
-def test_control_shapes() -> None:
-    arm, found, base_parameters = solve(base(), 0.4, Matching.strict, ENGRAM), controls(), module_parameters(base())
-    a, b, c = (found[key] for key in "abc")
-    assert (a.num_experts, b.num_experts, c.num_experts) == (64, arm.num_experts, arm.num_experts)
-    assert a.config.engram.table_size == 1  # type: ignore[union-attr]
-    assert table_parameters(a.config) == 128
-    assert abs(a.params_residual) < 1e-3  # the shared width that pays the FLOPs pays the parameters too
-    assert b.config.engram is None
-    assert b.params_residual == pytest.approx(module_parameters(b.config) / base_parameters - 1, abs=1e-12)
-    assert b.params_residual < -0.3
-    rows_back = dataclasses.replace(c.config.engram, table_size=arm.config.engram.table_size)  # type: ignore[type-var, union-attr]
-    assert dataclasses.replace(c.config, engram=rows_back) == arm.config
-
-
-def test_one_row_control_needs_an_arm_with_a_module() -> None:
-    with pytest.raises(AllocationError, match="choose a control rho below 1"):
-        allocation.one_row(base(), 1.0, Matching.strict, ENGRAM)
 
 
 def test_the_base_is_never_changed() -> None:

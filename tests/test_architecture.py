@@ -40,6 +40,7 @@ def test_imports(path: Path) -> None:
     assert not tops & FORBIDDEN[path.relative_to(ROOT).parts[0]]
     for package, allowed in ONLY_IN.items():
         assert package not in tops or relative in allowed, f"{relative} imports {package}"
+    assert "triton" not in tops or (relative.startswith("models/kernels/") and relative.endswith("_triton.py"))
     if path.relative_to(ROOT).parts[0] == "models":
         assert "torch.distributed" not in modules
     if relative == "sweeps/fit.py":

@@ -96,3 +96,13 @@ def test_manifest_lists_every_file(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, make(5), keep=1)
     listed = set(json.loads((path / checkpoint.MANIFEST).read_text())["files"])
     assert listed == {file.name for file in path.iterdir()} - {checkpoint.MANIFEST}
+
+
+def test_one_tensor_may_have_two_names(tmp_path: Path) -> None:
+    """As the step count of a ZeRO partition has, under each parameter."""
+    step, whole = torch.tensor(3.0), torch.arange(6.0)
+    tensors = {"optim": {"a.step": step, "b.step": step, "whole": whole, "turned": whole.view(2, 3).t()}}
+    checkpoint.save(tmp_path, Checkpoint(1, tensors, {}), keep=1)
+    back = checkpoint.load_latest(tmp_path)
+    assert back is not None
+    assert all(torch.equal(tensor, back.tensors["optim"][name]) for name, tensor in tensors["optim"].items())

@@ -100,6 +100,23 @@ def test_validation_is_fixed_even_and_bounded(prepared: PreparedData) -> None:
     assert chosen[0] == 0 and gaps.max() - gaps.min() <= 1
 
 
+@pytest.mark.parametrize(("size", "count"), [(2, 2), (2, 3), (2, 9), (3, 4), (3, 7), (4, 10), (4, 12), (16, 5)])
+def test_windows_dealt_out_are_the_same_and_far_apart(prepared: PreparedData, size: int, count: int) -> None:
+    in_a_row = [row for b in validation_batches(prepared, SEQ_LEN, size, count * SEQ_LEN) for row in rows(b)]
+    batches = [rows(b) for b in validation_batches(prepared, SEQ_LEN, size, count * SEQ_LEN, apart=True)]
+    assert sorted(row for batch in batches for row in batch) == sorted(in_a_row) and len(in_a_row) == count
+    lengths = [len(batch) for batch in batches]
+    assert min(lengths) >= 2 and max(lengths) <= max(size, 3) and max(lengths) - min(lengths) <= 1
+    for batch in batches:
+        places = [in_a_row.index(row) for row in batch]
+        assert set(np.diff(places)) == {len(batches)}  # and the last is further still from the first
+
+
+def test_one_window_has_no_other_to_be_apart_from(prepared: PreparedData) -> None:
+    with pytest.raises(DataError, match=rf"max_tokens={SEQ_LEN} .* hold 1; nearest: train.eval_tokens={2 * SEQ_LEN}"):
+        validation_batches(prepared, SEQ_LEN, 4, SEQ_LEN, apart=True)
+
+
 def test_what_does_not_fit_is_refused_with_a_remedy(prepared: PreparedData) -> None:
     check_fits(prepared, 50, SEQ_LEN)
     check_fits(prepared, 64, SEQ_LEN)

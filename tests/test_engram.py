@@ -10,8 +10,9 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.engram import GATE_NORM_EPS, Engram, EngramConfig, ShortConv, signed_sqrt_gate
+from models.engram import GATE_NORM_EPS, Engram, EngramConfig, ShortConv
 from models.initialize import initialize
+from models.kernels.gate import signed_sqrt_gate
 from models.ngram_hash import layer_multipliers, ngram_row_ids, prime_table_sizes
 from tests.tiny import relative_error
 

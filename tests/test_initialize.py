@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from models.initialize import initialize, seed_from_name
+from models.over_encoding import OverEncodingConfig
 from models.transformer import Transformer
-from tests.tiny import tiny_config
+from tests.tiny import ROUTERS, tiny_config
 
 
 def fresh(cfg, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -20,10 +21,12 @@ def fresh(cfg, seed: int = 0) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters())
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe", "engram", "moe_engram"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "engram", "moe_engram", "moe_engram_mla", "over_encoding", *ROUTERS])
 def test_every_parameter_gets_a_finite_value(kind):
-    cfg = tiny_config(kind)
-    cfg = replace(cfg, attention=replace(cfg.attention, qk_norm=True))
+    over_encoding = OverEncodingConfig(d_memory=64) if kind == "over_encoding" else None
+    cfg = tiny_config(kind, over_encoding=over_encoding)
+    if cfg.attention is not None:
+        cfg = replace(cfg, attention=replace(cfg.attention, qk_norm=True))
     if cfg.engram is not None:
         cfg = replace(cfg, engram=replace(cfg.engram, use_bias=True))
     for name, parameter in fresh(cfg).items():

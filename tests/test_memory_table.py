@@ -188,6 +188,24 @@ def test_state_is_refused_while_a_gradient_waits_or_where_it_does_not_fit():
         table.load_state_shards({"weight": shards["weight"]})
 
 
+def test_a_frozen_table_takes_no_gradient_and_never_changes():
+    table = make(frozen=True)
+    before = {name: tensor.clone() for name, tensor in table.state_shards().items()}
+    assert torch.equal(table.weight, make().weight)  # the start values of a trained one
+    rows = table.lookup(torch.tensor([[[0, 3]]]))
+    assert rows.is_leaf and not rows.requires_grad
+    with pytest.raises(RuntimeError, match=r"memory.frozen=true"):
+        table.accumulate(torch.tensor([[[0, 3]]]), torch.ones(1, 1, 2, 4))
+    for _ in range(3):
+        table.apply(1.0, LR)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in table.state_shards().items())
+    assert (table.grad_sq_norm(), table.rows_touched, table.rows_ever_touched, table.global_step) == (0.0, 0, 0, 0)
+    assert table.exp_avg.numel() == table.exp_avg_sq.numel() == 0
+    other = LocalTable(12, 4, 0.5, seed=1, optim=MemoryOptimConfig(frozen=True))
+    other.load_state_shards(before)
+    assert torch.equal(other.weight, table.weight)
+
+
 def test_gradient_of_another_shape_is_refused():
     with pytest.raises(ValueError, match="does not belong"):
         make().accumulate(torch.zeros(1, 2, 1, dtype=torch.int64), torch.ones(1, 1, 1, 4))
@@ -227,6 +245,8 @@ def test_cost_of_a_step_does_not_grow_with_the_rows():
         ({"beta2": 1.0}, r"memory.beta2=1.0 must be in \[0, 1\)"),
         ({"eps": 0.0}, "memory.eps=0.0 must be positive"),
         ({"lr_multiplier": -1.0}, "memory.lr_multiplier=-1.0 must not be negative"),
+        ({"frozen": True, "lr_multiplier": 1.0}, r"memory.lr_multiplier=1.0 has no effect.*nearest: 5.0"),
+        ({"frozen": True, "step_count": StepCount.global_step}, r"memory.step_count=.*has no effect"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

@@ -92,6 +92,17 @@ def test_hasher_compresses_and_pads_with_the_compressed_pad_id():
     assert all(torch.equal(rows[layer], same_text[layer]) for layer in rows)
 
 
+def test_without_compression_every_token_is_its_own_key():
+    cfg, hasher = make_hasher(compress=False)
+    token_ids, documents = torch.tensor([[8, 9, 30, 31, 4]]), torch.tensor([[0, 0, 1, 1, 1]])
+    rows = hasher(token_ids, documents)
+    for layer, sizes in table_sizes(cfg).items():
+        multipliers = layer_multipliers(cfg.hash_seed, layer, cfg.max_ngram_size, 40).tolist()
+        assert rows[layer].tolist() == brute_force(token_ids.tolist(), documents.tolist(), multipliers, sizes, pad=5)
+    same_text = hasher(token_ids ^ 1, documents)
+    assert not any(torch.equal(rows[layer], same_text[layer]) for layer in rows)
+
+
 def test_history_stops_at_the_document_start():
     _, hasher = make_hasher()
     token_ids = torch.randint(0, 40, (1, 10))

@@ -3,6 +3,7 @@
 import copy
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -19,14 +20,13 @@ from models.moe import MoEConfig
 from models.transformer import TransformerConfig
 from sweeps.plan import STARTUP_SECONDS, Machine, Planner, planned_seconds
 from sweeps.plan_table import plan_table, short
-from sweeps.run import compose_sweep
+from sweeps.run import compose_sweep, make_plan
 from sweeps.settings import KeepCheckpoints, SweepConfig
-from sweeps.trial import Plan, Trial, TrialKind, read_plan, trial_id, write_plan
+from sweeps.trial import CONTROL_KINDS, Plan, Trial, TrialKind, read_plan, trial_id, write_plan
 from train.config import Config, config_hash, load_config, to_plain, to_yaml
 from train.engine import Precision
+from train.identity import differing_settings
 from train.shards import PreparedData
-
-ALL_CONTROLS = [TrialKind.one_row_pure, TrialKind.no_module, TrialKind.one_row]
 
 
 def base() -> Config:
@@ -65,13 +65,64 @@ def by_kind(plan: Plan, kind: TrialKind) -> list[Trial]:
 
 
 def test_every_arm_with_every_seed() -> None:
-    plan = make(sweep(controls=ALL_CONTROLS))
+    plan = make(sweep(controls=CONTROL_KINDS))
     assert sorted((t.rho, t.seed) for t in by_kind(plan, TrialKind.arm)) == [
         (rho, seed) for rho in (0.0, 0.4, 1.0) for seed in (0, 1)
     ]
-    for kind, rho in zip(ALL_CONTROLS, (1.0, 0.4, 0.4), strict=True):
+    for kind in CONTROL_KINDS:
+        rho = 1.0 if kind is TrialKind.one_row_pure else 0.4
         assert [(t.rho, t.seed) for t in by_kind(plan, kind)] == [(rho, 0), (rho, 1)]
-    assert len({trial.trial_id for trial in plan.trials}) == len(plan.trials) == 12
+    assert len({trial.trial_id for trial in plan.trials}) == len(plan.trials) == 18
+
+
+def test_shuffled_and_frozen_trials_differ_from_their_arm_in_one_setting() -> None:
+    plan = make(sweep(controls=[TrialKind.shuffled, TrialKind.frozen]))
+    arm = next(t for t in by_kind(plan, TrialKind.arm) if t.rho == 0.4).config
+    shuffled, frozen = (by_kind(plan, kind)[0].config for kind in (TrialKind.shuffled, TrialKind.frozen))
+    assert differing_settings(arm, shuffled) == ["model.engram.shuffled: False -> True"]
+    assert differing_settings(arm, frozen) == ["memory.frozen: False -> True"]
+    other_rate = base()
+    other_rate.memory.lr_multiplier = 2.0  # a frozen table has no learning rate
+    again = by_kind(make(sweep(controls=[TrialKind.frozen]), other_rate), TrialKind.frozen)
+    assert again[0].config["memory"] == frozen["memory"]
+
+
+def test_controls_that_are_the_same_trial() -> None:
+    config = base()
+    config.memory.frozen = True
+    with pytest.raises(ValueError, match=r"sweep\.controls: arm and frozen are the same trial"):
+        make(sweep(controls=[TrialKind.frozen]), config)
+
+
+def test_an_extra_shared_expert_in_the_only_moe_layer_is_no_module() -> None:
+    config = base()
+    config.model = dataclasses.replace(config.model, num_layers=1)
+    settings = sweep(controls=[TrialKind.no_module, TrialKind.extra_shared], engram=EngramConfig(layers=[0]))
+    with pytest.raises(ValueError, match="no_module and extra_shared are the same trial"):
+        make(settings, config)
+
+
+def test_a_shuffled_trial_needs_two_sequences() -> None:
+    config = base()
+    config.train.micro_batch_size = 1
+    make(config=config)
+    with pytest.raises(ValueError, match=r"train.micro_batch_size=1 must be at least 2.*nearest: 2"):
+        make(sweep(controls=[TrialKind.shuffled]), config)
+
+
+def test_the_shipped_sweeps_keep_their_trial_ids() -> None:
+    """A new setting whose default computes what was computed before goes into train/identity.py, not into the ids."""
+    fixed = ["engine.precision=fp32", "engine.num_threads=1", "engine.native_kernels=off", "sweep.jobs=1"]
+    found = {}
+    for name in ("default", "long", "smoke"):
+        _, plan = make_plan(compose_sweep([f"sweep={name}", *fixed]), None, Path("none"))
+        ids = " ".join(trial.trial_id for trial in plan.trials)
+        found[name] = (plan.trials[0].trial_id, hashlib.sha256(ids.encode()).hexdigest()[:16])
+    assert found == {
+        "default": ("267340590bd6", "93224349342b05b0"),
+        "long": ("75977a88cd54", "b8533be552684746"),
+        "smoke": ("74047761c564", "493e1be69a95ae92"),
+    }
 
 
 def test_seeds_of_an_arm_differ_in_the_seed_alone() -> None:
@@ -132,7 +183,7 @@ def test_vocabulary_that_does_not_fit_the_data() -> None:
 
 
 def test_costs_are_the_accounting_of_the_arm() -> None:
-    for trial in make(sweep(controls=ALL_CONTROLS)).trials:
+    for trial in make(sweep(controls=CONTROL_KINDS)).trials:
         plain = copy.deepcopy(trial.config)
         config = _model_of(plain)
         counts, flops = count_parameters(config), flops_per_token(config)
@@ -263,7 +314,7 @@ def test_nothing_is_pending_without_learning_rates() -> None:
 
 
 def test_plan_files(tmp_path: Path) -> None:
-    plan = make(sweep(controls=ALL_CONTROLS))
+    plan = make(sweep(controls=CONTROL_KINDS))
     write_plan(plan, tmp_path)
     assert read_plan(tmp_path) == plan
     with (tmp_path / "plan.csv").open() as file:
@@ -291,13 +342,13 @@ def test_unreadable_plans(tmp_path: Path) -> None:
 
 def test_table_shows_every_shape() -> None:
     console = Console(width=160, file=io.StringIO(), record=True)
-    plan = make(sweep(controls=ALL_CONTROLS))
+    plan = make(sweep(controls=CONTROL_KINDS))
     console.print(plan_table(plan))
     text = console.export_text()
     for trial in plan.trials:
         assert short(trial.total_params) in text
         assert trial.kind.value in text
-    assert text.count("0,1") == 6  # one line a shape, seeds together
+    assert text.count("0,1") == 9  # one line a shape, seeds together
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from train.config import Config, compose_config, config_hash, load_config, to_yaml
+from models.engram import EngramConfig
+from models.mla import MLAConfig
+from models.moe import MoEConfig
+from models.rotary import RotaryConfig, YarnConfig
+from train import identity
+from train.config import Config, compose_config, config_hash, load_config, to_plain, to_yaml
 from train.pretrain import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +30,8 @@ def composed(*overrides: str) -> Config:
 @pytest.mark.parametrize("data", DATA)
 def test_every_group_composes(model: str, data: str) -> None:
     cfg = composed(f"model={model}", f"data={data}")
-    assert cfg.model.vocab_size == cfg.data.vocab_size
+    # the vocabulary of the data, or that of a paper's model
+    assert cfg.model.vocab_size in (cfg.data.vocab_size, 8192, 102_400, 129_280)
 
 
 def test_a_resolved_configuration_comes_back(tmp_path: Path) -> None:
@@ -34,12 +41,74 @@ def test_a_resolved_configuration_comes_back(tmp_path: Path) -> None:
     assert back == cfg and config_hash(back) == config_hash(cfg)
 
 
+def test_latent_attention_and_stretched_positions_are_chosen_in_a_file(tmp_path: Path) -> None:
+    model = {
+        "attention": None,
+        "mla": {"num_heads": 3, "query_rank": 16},
+        "rotary": {"yarn": {"scale": 4, "original_seq_len": 64}},
+    }
+    path = tmp_path / "latent.yaml"
+    path.write_text(yaml.safe_dump({"defaults": ["train_schema", "_self_"], "model": model}))
+    cfg = compose_config(tmp_path, "latent", ["model.mla.kv_rank=24"])
+    assert cfg.model.attention is None and cfg.model.mla == MLAConfig(3, kv_rank=24, query_rank=16)
+    assert cfg.model.rotary == RotaryConfig(yarn=YarnConfig(4.0, 64))
+    path.write_text(to_yaml(cfg))
+    assert load_config(path) == cfg
+    for wrong, message in (
+        ({**model, "mla": {}}, r"model.mla.num_heads"),
+        ({**model, "attention": {}}, r"model.attention=.* has no effect beside model.mla=.*; set model.attention=null"),
+        ({**model, "rotary": {"yarn": {"scale": 4}}}, r"model.rotary.yarn.original_seq_len"),
+    ):
+        path.write_text(yaml.safe_dump({"defaults": ["train_schema", "_self_"], "model": wrong}))
+        with pytest.raises(ValueError, match=message):
+            compose_config(tmp_path, "latent", [])
+
+
 def test_identity_is_what_is_computed_not_where() -> None:
     base = config_hash(composed())
     same = ["run_dir=elsewhere", "log.tensorboard=true", "data.root=far", "train.checkpoint_interval=7"]
     assert config_hash(composed(*same)) == base
     assert config_hash(composed("seed=1")) != base
     assert config_hash(composed("engine.num_threads=1")) != base
+
+
+def test_settings_that_came_later_leave_the_identity_of_earlier_runs() -> None:
+    cfg = composed("model=tiny_engram")
+    earlier = to_plain(cfg)
+    for part, name in (
+        ("model", "over_encoding"),
+        ("model", "mla"),
+        ("model", "hyper_connections"),
+        ("memory", "frozen"),
+    ):
+        del earlier[part][name]
+    for name in ("kind", "normalize", "num_groups", "top_groups", "balance_coef", "capacity_factor"):
+        del earlier["model"]["moe"]["router"][name]
+    for name in ("compress", "gate", "shuffled", "multi_branch"):
+        del earlier["model"]["engram"][name]
+    assert identity.identity_hash(earlier) == config_hash(cfg)
+    others = [
+        "model.engram.compress=false",
+        "model.engram.gate=false",
+        "model.engram.shuffled=true",
+        "memory.frozen=true",
+    ]
+    hashes = {config_hash(composed("model=tiny_engram", other)) for other in others}
+    hashes.add(config_hash(composed("model=tiny_over_encoding")))
+    assert len(hashes) == 5 and config_hash(cfg) not in hashes
+
+
+def test_what_came_later_stands_at_its_default() -> None:
+    """Otherwise a default run would not be the run that was recorded under its identity."""
+    defaults = to_plain(Config())
+    defaults["model"]["engram"] = to_plain(EngramConfig())
+    defaults["model"]["moe"] = to_plain(MoEConfig())
+    defaults["sweep"] = {"engram": defaults["model"]["engram"]}
+    for path, settings in identity._LATER.items():
+        part = defaults
+        for key in path:
+            part = part[key]
+        assert {name: part[name] for name in settings} == settings
 
 
 @pytest.mark.parametrize(
@@ -87,9 +156,12 @@ def test_unknown_setting_from_the_shell(tmp_path: Path) -> None:
         (["model.moe=null", "model.engram.rowdim=3"], "model.engram.rowdim=3: there is no setting .*"),
         (["train.max_steps=many"], "train.max_steps=many: .* could not be converted to Integer"),
         (["seed=1", "optim.kind=sgd"], "optim.kind=sgd: Invalid value 'sgd', expected one of .adamw, muon."),
-        (["model=nope"], ".*'model/nope'; there are: tiny, tiny_engram"),
+        (["model=nope"], ".*'model/nope'; there are: .*tiny, tiny_arm.*"),
         (["train.max_steps"], "train.max_steps: a setting is given as name=value"),
         (["model=tiny", "model.engram.table_size=3"], ".*model.engram.table_size=3: a setting below a part .* null.*"),
+        (["model.mla={num_heads: 4}"], ".*num_heads: 4}: a setting below a part .* null.*"),
+        (["model.attention=null"], "model.attention=null and model.mla=null leave layers without attention.*"),
+        (["model.attention.rope_theta=5"], ".*there is no setting model.attention.rope_theta; did you mean .*"),
         (["model.embedding_init_std=0"], "model.embedding_init_std=0.0 must be positive.*"),
         (["+engine.deepspeed.amp=true"], "engine.deepspeed.amp=True is refused.*"),
         (["--config-path", "nowhere"], "--config-path=nowhere .*there is no file nowhere/train.yaml"),

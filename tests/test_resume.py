@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from models import memory_table, transformer
+from models.moe import MoEConfig
+from models.router import RouterConfig, RouterKind
 from tests.tiny_run import VOCAB, final_tensors, make, run, without_clock
 from train import evaluate, loop, pretrain
 from train.config import load_config
@@ -44,13 +46,44 @@ def test_interrupted_equals_undisturbed(
     ema_decay: float,
     zero_stage: int,
 ) -> None:
-    """8 steps = die in the middle of step 6, resume from the checkpoint of step 3: every tensor and metric equal."""
     changes: dict[str, Any] = {
         "optim": OptimConfig(kind=kind, lr=1e-2),
         "engine": EngineConfig(zero_stage=zero_stage, precision=Precision.fp32, num_threads=1),
     }
     base = make(data_root, tmp_path / "a")
     changes["train"] = replace(base.train, ema_decay=ema_decay)
+    check_interrupted(data_root, tmp_path, monkeypatch, changes)
+
+
+@pytest.mark.parametrize(
+    ("router", "loss"),
+    [
+        (RouterConfig(RouterKind.softmax, top_k=2), "train/expert_balance"),
+        (RouterConfig(RouterKind.gshard, top_k=2, capacity_factor=0.75), "train/load_balance"),
+        (RouterConfig(RouterKind.switch, top_k=1, capacity_factor=0.75), "train/load_balance"),
+        (RouterConfig(RouterKind.hash, top_k=1), None),
+    ],
+    ids=lambda value: value.kind.value if isinstance(value, RouterConfig) else "",
+)
+def test_every_router_resumes_exactly_and_records_what_it_has(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, router: RouterConfig, loss: str | None
+) -> None:
+    model = make(data_root, tmp_path / "a").model
+    moe = MoEConfig(num_experts=4, d_expert=16, num_shared_experts=1, router=router)
+    check_interrupted(data_root, tmp_path, monkeypatch, {"model": replace(model, moe=moe)})
+    record = read_records(tmp_path / "a" / "metrics.jsonl")[0]
+    known = {"train/sequence_balance", "train/expert_balance", "train/load_balance"}
+    assert known & record.keys() == ({loss} if loss else set())
+    assert ("moe/router_entropy" in record) == (loss is not None)
+    assert ("moe/dropped" in record) == router.can_drop
+    assert 0 < record.get("moe/dropped", 0.5) < 1
+    assert sum(record["moe/expert_counts"][0]) == 256 * router.top_k
+
+
+def check_interrupted(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """8 steps = die in the middle of step 6, resume from the checkpoint of step 3: every tensor and metric equal."""
     whole = run(make(data_root, tmp_path / "a", **changes))
 
     calls = 0
@@ -261,6 +294,7 @@ def test_learning_and_records(data_root: Path, tmp_path: Path) -> None:
     assert last["train/loss"] < first["train/loss"] - 0.8
     assert [r["step"] for r in records if "val/loss" in r] == [30, 60]
     assert sum(last["moe/expert_counts"][0]) == 256 * 2  # tokens x top_k
+    assert "moe/dropped" not in last and last["train/sequence_balance"] > 0
     assert 0 < last["engram/gate_mean_1"] < 1
     assert last["engram/rows_ever_touched_1"] >= last["engram/rows_touched_1"] > 0
     assert result["parameters"]["total"] > 0 and result["tokens"] == 60 * 256

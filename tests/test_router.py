@@ -1,19 +1,26 @@
 """Router decisions and balance against plain Python loops."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from models.initialize import initialize
-from models.router import Router, RouterConfig, sequence_balance_loss
+from models.moe import MoEConfig
+from models.router import Router, RouterConfig, RouterKind, sequence_balance_loss
 from tests.tiny import relative_error
 
 
-def make(num_experts: int = 6, top_k: int = 2, d_model: int = 5, **settings: float) -> Router:
+def make(num_experts: int = 6, top_k: int = 2, d_model: int = 5, **settings: Any) -> Router:
     router = Router(RouterConfig(top_k=top_k, **settings), d_model, num_experts)
     initialize(router, seed=0, init_std=1.0)
     return router
+
+
+def balance_loss(router: Router, x: torch.Tensor) -> torch.Tensor:
+    (loss,) = router(x).aux_losses.values()
+    return loss
 
 
 def sigmoid(x: float) -> float:
@@ -38,6 +45,38 @@ def test_choice_and_gate_equal_a_loop(route_scale):
             counts[expert] += 1
     assert routing.counts.tolist() == counts
     assert routing.counts.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "num_groups", "top_groups", "top_k"),
+    [(8, 4, 2, 3), (8, 2, 1, 4), (9, 3, 2, 5), (12, 4, 3, 1), (6, 3, 1, 2)],  # also: all of the chosen groups' experts
+)
+def test_groups_equal_a_loop(num_experts, num_groups, top_groups, top_k):
+    router = make(num_experts, top_k, num_groups=num_groups, top_groups=top_groups)
+    router.expert_bias.normal_(0, 0.3)
+    x = torch.randn(3, 11, 5)
+    routing, limited = router(x), 0
+    size = num_experts // num_groups
+    for token, ids, gates in zip(x.flatten(0, 1), routing.expert_ids.tolist(), routing.weights, strict=True):
+        scores = [sigmoid(float(token @ row)) for row in router.weight.detach()]
+        biased = [s + b for s, b in zip(scores, router.expert_bias.tolist(), strict=True)]
+        groups = [sum(sorted(biased[g * size : (g + 1) * size])[-2:]) for g in range(num_groups)]
+        best = sorted(range(num_groups), key=lambda g: -groups[g])[:top_groups]
+        allowed = [i for g in best for i in range(g * size, (g + 1) * size)]
+        chosen = sorted(allowed, key=lambda i: -biased[i])[:top_k]
+        assert sorted(ids) == sorted(chosen)
+        limited += sorted(chosen) != sorted(sorted(range(num_experts), key=lambda i: -biased[i])[:top_k])
+        total = sum(scores[i] for i in chosen)
+        assert gates.tolist() == pytest.approx([scores[i] / total for i in ids], rel=1e-5)
+    assert limited > 0
+
+
+def test_without_normalisation_the_gate_is_the_score():
+    router = make(normalize=False, route_scale=2.0)
+    x = torch.randn(1, 4, 5)
+    routing = router(x)
+    scores = (x[0] @ router.weight.t()).sigmoid()
+    assert relative_error(routing.weights, 2 * scores.gather(1, routing.expert_ids)) < 1e-6
 
 
 def test_bias_changes_the_choice_but_never_the_gate_and_gets_no_gradient():
@@ -85,9 +124,9 @@ def test_balance_loss_equals_a_loop_over_sequences():
 def test_balance_loss_ignores_the_bias_and_pushes_load_down():
     router = make(sequence_balance_coef=0.5)
     x = torch.randn(2, 6, 5)
-    before = router(x).balance_loss
+    before = balance_loss(router, x)
     router.expert_bias.copy_(torch.tensor([9.0, 9.0, 0, 0, 0, 0]))
-    assert torch.equal(router(x).balance_loss, before)
+    assert torch.equal(balance_loss(router, x), before)
     scores = (x @ router.weight.t()).sigmoid()
     assert before.item() == pytest.approx(0.5 * brute_force_balance(scores.detach(), 2), rel=1e-5)
     even = torch.full((1, 6, 4), 0.5)
@@ -97,7 +136,7 @@ def test_balance_loss_ignores_the_bias_and_pushes_load_down():
 
 
 def test_balance_coefficient_zero_switches_the_loss_off():
-    loss = make(sequence_balance_coef=0.0)(torch.randn(1, 3, 5)).balance_loss
+    loss = balance_loss(make(sequence_balance_coef=0.0), torch.randn(1, 3, 5))
     assert loss.item() == 0.0
 
 
@@ -143,8 +182,30 @@ def test_bias_rests_where_every_expert_is_always_chosen():
         ({"top_k": 0}, "top_k=0 must be at least 1"),
         ({"bias_update_rate": -1.0}, "bias_update_rate=-1.0 must not be negative"),
         ({"route_scale": 0.0}, "route_scale=0.0 must be positive"),
+        ({"capacity_factor": 0.0}, "capacity_factor=0.0 must be positive"),
+        ({"num_groups": 0}, "num_groups=0 must be at least 1"),
+        ({"top_groups": 2}, r"top_groups=2 must be between 1 and 1 with router.num_groups=1.*nearest: 1"),
+        ({"num_groups": 4, "top_groups": 4}, r"top_groups=4 must be between 1 and 3.*limits nothing; nearest: 3"),
+        ({"kind": RouterKind.gshard}, r"top_k=4 must be 2 with router.kind=gshard; nearest: 2"),
+        ({"kind": RouterKind.hash, "top_k": 2}, r"top_k=2 must be 1 with router.kind=hash; nearest: 1"),
+        ({"balance_coef": 0.5}, r"balance_coef=0.5 has no effect with router.kind=sigmoid; nearest: its default 0.01"),
+        ({"kind": RouterKind.softmax, "bias_update_rate": 0.01}, r"bias_update_rate=0.01 has no effect"),
+        ({"kind": RouterKind.softmax, "capacity_factor": 1.0}, r"capacity_factor=1.0 has no effect"),
+        ({"kind": RouterKind.switch, "top_k": 1, "normalize": False}, r"normalize=False has no effect"),
+        ({"kind": RouterKind.hash, "top_k": 1, "balance_coef": 0.0}, r"balance_coef=0.0 has no effect"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         RouterConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "groups", "nearest"),
+    [(10, (4, 2), 8), (11, (4, 2), 12), (4, (4, 3), 8), (16, (8, 1), 32)],
+)
+def test_experts_that_do_not_fit_their_groups_are_refused(num_experts, groups, nearest):
+    router = RouterConfig(num_groups=groups[0], top_groups=groups[1])
+    with pytest.raises(ValueError, match=rf"num_experts={num_experts} must be a multiple .*nearest: {nearest}$"):
+        MoEConfig(num_experts=num_experts, router=router)
+    MoEConfig(num_experts=nearest, router=router)

@@ -8,20 +8,37 @@ from torch import Tensor
 
 from models.attention import AttentionConfig
 from models.engram import EngramConfig
+from models.hyper_connections import HyperConnectionsConfig
 from models.initialize import initialize
 from models.memory_table import LocalTable
-from models.moe import MoEConfig
+from models.mla import MLAConfig
+from models.moe import ExpertKernel, MoEConfig
 from models.ngram_hash import NgramHasher, num_rows
-from models.router import RouterConfig
+from models.router import RouterConfig, RouterKind
 from models.transformer import Transformer, TransformerConfig
 
 VOCAB_SIZE = 61
+# Those that run on a CPU; tests/test_kernels_experts.py has the other one.
+CPU_KERNELS = [ExpertKernel.loop, ExpertKernel.padded, ExpertKernel.grouped_mm]
+# One of each kind; a capacity of 5 / 2 and 5 times an even share makes room for all tokens in any one of 5 experts.
+ROUTERS = {
+    "moe_softmax": RouterConfig(RouterKind.softmax, top_k=2),
+    "moe_gshard": RouterConfig(RouterKind.gshard, top_k=2, capacity_factor=2.5),
+    "moe_switch": RouterConfig(RouterKind.switch, top_k=1, capacity_factor=5.0),
+    "moe_hash": RouterConfig(RouterKind.hash, top_k=1),
+}
 
 
 def tiny_config(kind: str = "moe_engram", **changes: Any) -> TransformerConfig:
-    """kind: dense | moe | engram | moe_engram; `changes` are fields of TransformerConfig."""
-    moe = MoEConfig(num_experts=5, d_expert=8, num_shared_experts=1, router=RouterConfig(top_k=2))
+    """kind: dense | moe | engram | moe_engram, or a key of ROUTERS; `changes` are fields of TransformerConfig.
+
+    With "mla" in it, latent attention; with "hyper", three residual streams; with "fused" too, one Engram gate for all.
+    """
+    router = replace(ROUTERS.get(kind, RouterConfig(top_k=2)))
+    moe = MoEConfig(num_experts=5, d_expert=8, num_shared_experts=1, router=router)
     engram = EngramConfig(layers=[1], max_ngram_size=3, num_hash_heads=2, d_memory=16, table_size=23)
+    engram.multi_branch = "fused" not in kind
+    mla = MLAConfig(num_heads=3, kv_rank=10, query_rank=9, nope_head_dim=4, rope_head_dim=2, value_head_dim=5)
     cfg = TransformerConfig(
         vocab_size=VOCAB_SIZE,
         seq_len=24,
@@ -30,15 +47,17 @@ def tiny_config(kind: str = "moe_engram", **changes: Any) -> TransformerConfig:
         d_ff=24,
         num_dense_layers=1 if "moe" in kind else 0,
         init_std=0.1,
-        attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4),
+        attention=None if "mla" in kind else AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4),
+        mla=mla if "mla" in kind else None,
         moe=moe if "moe" in kind else None,
         engram=engram if "engram" in kind else None,
+        hyper_connections=HyperConnectionsConfig(num_streams=3) if "hyper" in kind else None,
     )
     return replace(cfg, **changes)
 
 
 def tiny_model(cfg: TransformerConfig, seed: int = 0) -> Transformer:
-    """Initialised model; the convolution's taps and the router's biases are moved off zero, so that they matter."""
+    """Initialised model; what starts at zero is moved off it, so that it matters: taps, routers' biases, mappings."""
     model = Transformer(cfg)
     initialize(model, seed)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -48,19 +67,22 @@ def tiny_model(cfg: TransformerConfig, seed: int = 0) -> Transformer:
                 tensor.normal_(0, 0.5, generator=generator)
             if name.endswith("expert_bias"):
                 tensor.normal_(0, 0.05, generator=generator)
+            if name.endswith(("connection.projection", "connection.gates")):
+                tensor.normal_(0, 0.5, generator=generator)
     return model
 
 
 class TinyMemory:
-    """Hasher and tables of a configuration, over an identity compression table."""
+    """Hasher and tables of a configuration; by default every token is its own in the compression table."""
 
-    def __init__(self, cfg: TransformerConfig, seed: int = 0):
+    def __init__(self, cfg: TransformerConfig, seed: int = 0, compression_table: Tensor | None = None):
         self.tables: dict[int, LocalTable] = {}
         self.hasher = None
-        if cfg.engram is not None:
-            self.hasher = NgramHasher(cfg.engram, torch.arange(cfg.vocab_size), pad_id=0)
-            for layer, rows in num_rows(cfg.engram).items():
-                self.tables[layer] = LocalTable(rows, cfg.engram.row_dim, 1.0, seed, layer=layer)
+        if cfg.memory is not None:
+            table = torch.arange(cfg.vocab_size) if compression_table is None else compression_table
+            self.hasher = NgramHasher(cfg.memory, table, pad_id=0)
+            for layer, rows in num_rows(cfg.memory).items():
+                self.tables[layer] = LocalTable(rows, cfg.memory.row_dim, 1.0, seed, layer=layer)
 
     def row_ids(self, token_ids: Tensor, document_ids: Tensor) -> dict[int, Tensor]:
         return {} if self.hasher is None else self.hasher(token_ids, document_ids)

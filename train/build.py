@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from models.transformer import Output, Transformer, TransformerConfig
 from train.data import Batch
 from train.engine import Engine
 from train.shards import PreparedData
+from train.start import load_weights
 
 if TYPE_CHECKING:
     from train.config import Config
@@ -21,17 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class Memory:
-    """The hasher and tables of a model's Engram layers; empty for a model without."""
+    """The hasher and tables of a model's Engram layers or OverEncoding; empty for a model without."""
 
     hasher: NgramHasher | None
     tables: dict[int, LocalTable]
 
     def row_ids(self, batch: Batch) -> dict[int, Tensor]:
-        """{layer: (B, S, R)} rows that each token reads; a function of the token ids alone."""
+        """{layer: (B, S, R)} rows that each token reads; a function of the batch's token ids alone."""
         return self.hasher(batch.token_ids, batch.document_ids) if self.hasher is not None else {}
 
     def lookup(self, row_ids: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """{layer: (B, S, R, M)} leaves that require grad."""
+        """{layer: (B, S, R, M)} leaves that require grad unless their table is frozen."""
         return {layer: self.tables[layer].lookup(ids) for layer, ids in row_ids.items()}
 
 
@@ -43,29 +45,35 @@ def build_model(cfg: TransformerConfig, seed: int, device: torch.device) -> Tran
 
 
 def build_memory(config: "Config", prepared: PreparedData, device: torch.device) -> Memory:
-    """Hasher and freshly initialised tables of `config.model.engram`."""
-    engram = config.model.engram
-    if engram is None:
+    """Hasher and freshly initialised tables of `config.model.memory`."""
+    cfg = config.model.memory
+    if cfg is None:
         return Memory(None, {})
-    hasher = NgramHasher(engram, torch.as_tensor(prepared.compression_table), prepared.pad_id, device)
+    hasher = NgramHasher(cfg, torch.as_tensor(prepared.compression_table), prepared.pad_id, device)
     tables = {
         layer: LocalTable(
             num_rows=sum(sum(order) for order in sizes),
-            row_dim=engram.row_dim,
+            row_dim=cfg.row_dim,
             init_std=config.model.init_std,
             seed=config.seed,
             layer=layer,
             optim=config.memory,
             device=device,
         )
-        for layer, sizes in table_sizes(engram).items()
+        for layer, sizes in table_sizes(cfg).items()
     }
     return Memory(hasher, tables)
 
 
-def build_engine(config: "Config", memory: Memory, device: torch.device) -> Engine:
-    """The engine over a fresh model and `memory`."""
+def build_engine(config: "Config", memory: Memory, device: torch.device, start: Path | None = None) -> Engine:
+    """The engine over a fresh model and `memory`, both with the weights of the folder `start` if one is given.
+
+    Raises:
+        ValueError: the weights in `start` are damaged, others than `config.init_sha256`, or of another shape.
+    """
     model = build_model(config.model, config.seed, device)
+    if start is not None:  # before the engine: it makes copies of the weights
+        load_weights(start, config.init_sha256, model, memory.tables)
     return Engine(model, dict(memory.tables), config.optim, config.engine, config.train.micro_batch_size, device)
 
 

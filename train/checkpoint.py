@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         for stem, tensors in checkpoint.tensors.items():
-            # Clones: views of one flat ZeRO partition share storage, which safetensors refuses.
-            save_file(
-                {name: t.detach().contiguous().clone() for name, t in tensors.items()},
-                temporary / f"{stem}.safetensors",
-            )
+            save_file(_without_shared_storage(tensors), temporary / f"{stem}.safetensors")
         (temporary / "state.json").write_text(
             json.dumps({"schema_version": SCHEMA_VERSION, "step": checkpoint.step, **checkpoint.state})
         )
@@ -98,8 +95,8 @@ def load_latest(folder: Path) -> Checkpoint | None:
     Raises:
         DamagedCheckpointError: naming the file and the remedy.
     """
-    complete = _complete(folder)
-    return load(complete[-1]) if complete else None
+    path = newest(folder)
+    return None if path is None else load(path)
 
 
 def load(path: Path) -> Checkpoint:
@@ -109,24 +106,66 @@ def load(path: Path) -> Checkpoint:
         DamagedCheckpointError: naming the file and the remedy.
     """
     remedy = f"remove {path} to go on from the one before it"
-    try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DamagedCheckpointError(f"{path / MANIFEST} cannot be read ({error}); {remedy}") from error
-    tensors: dict[str, Mapping[str, Tensor]] = {}
-    for name, expected in files.items():
-        file = path / name
-        if not file.exists():
-            raise DamagedCheckpointError(f"{file} is missing; {remedy}")
-        if file.stat().st_size != expected["bytes"] or sha256(file) != expected["sha256"]:
-            raise DamagedCheckpointError(f"{file} is not what was written (size or SHA-256 differs); {remedy}")
-        if file.suffix == ".safetensors":
-            tensors[file.stem] = load_file(file)
+    tensors = {
+        file.stem: load_file(file) for file in verified_files(path, remedy).values() if file.suffix == ".safetensors"
+    }
     state = json.loads((path / "state.json").read_text())
     version = state.pop("schema_version")
     if version != SCHEMA_VERSION:
         raise DamagedCheckpointError(f"{path} has schema_version {version}, this code reads {SCHEMA_VERSION}; {remedy}")
     return Checkpoint(step=state.pop("step"), tensors=tensors, state=state)
+
+
+def read_manifest(path: Path, remedy: str) -> dict[str, dict[str, Any]]:
+    """{file name: its "bytes" and "sha256"} of the checkpoint folder `path`.
+
+    Raises:
+        DamagedCheckpointError: with `remedy`.
+    """
+    try:
+        files: dict[str, dict[str, Any]] = json.loads((path / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DamagedCheckpointError(f"{path / MANIFEST} cannot be read ({error}); {remedy}") from error
+    return files
+
+
+def verified_files(path: Path, remedy: str, pattern: str = "*") -> dict[str, Path]:
+    """{file name: path} of a checkpoint's files whose name matches `pattern`, each compared with the manifest.
+
+    Raises:
+        DamagedCheckpointError: naming the file, with `remedy`.
+    """
+    files = {}
+    for name, expected in read_manifest(path, remedy).items():
+        if not fnmatch(name, pattern):
+            continue
+        files[name] = file = path / name
+        if not file.exists():
+            raise DamagedCheckpointError(f"{file} is missing; {remedy}")
+        if file.stat().st_size != expected["bytes"] or sha256(file) != expected["sha256"]:
+            raise DamagedCheckpointError(f"{file} is not what was written (size or SHA-256 differs); {remedy}")
+    return files
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint below `folder`, or None."""
+    complete = _complete(folder)
+    return complete[-1] if complete else None
+
+
+def _without_shared_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors; views of one storage, such as a flat ZeRO partition's, are cloned: safetensors refuses them."""
+    result: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen:
+            tensor = tensor.clone()
+        else:
+            seen.add(storage.data_ptr())
+        result[name] = tensor
+    return result
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -49,7 +49,7 @@ def compose(
         assert isinstance(plain, dict)
         plain.pop("schema_version", None)  # of a run's own file
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
-    except (HydraException, OmegaConfBaseException, AssertionError, yaml.YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, AssertionError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(_explain(error, overrides, setting_names(schema))) from error
     assert isinstance(settings, schema)
     return settings
@@ -77,7 +77,7 @@ def _explain(error: BaseException, overrides: list[str], names: list[str]) -> st
             return f"{text}: there is no setting {name}{_closest(name, names)}"
         if "=" not in text and not text.startswith("~"):
             return f"{text}: a setting is given as name=value"
-    if isinstance(error, AssertionError):  # from Hydra, whose message says nothing
+    if isinstance(error, AssertionError | AttributeError):  # from Hydra and OmegaConf, whose messages say nothing
         return f"{' '.join(overrides)}: a setting below a part that is null; choose one that has it (model=tiny_engram)"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(error).__name__]

@@ -8,19 +8,22 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import yaml
 
 from models.memory_table import MemoryOptimConfig
 from models.transformer import TransformerConfig
 from train.compose import compose
 from train.data import DataConfig
-from train.engine import EngineConfig, resolve_native, resolve_precision, resolve_threads
+from train.engine import EngineConfig, Precision, resolve_native, resolve_precision, resolve_threads
 from train.identity import identity_hash, to_plain
+from train.kernel_choice import resolve_expert_kernel
 from train.loop import TrainConfig
 from train.metrics import LogConfig
 from train.optim import OptimConfig
 from train.run_folder import SCHEMA_VERSION
 from train.schedule import ScheduleConfig
+from train.start import weights_sha256
 
 
 @dataclass
@@ -37,6 +40,8 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
     seed: int = 0  # of initialisation and data order
     run_dir: str = "runs/train"  # folder of this run, relative to the working directory
+    init_from: str | None = None  # folder of an import or a run whose newest weights are the start; null: random ones
+    init_sha256: str | None = None  # content of those weights, filled when a run is planned, checked at its start
 
 
 def compose_config(folder: Path | None, name: str, overrides: list[str]) -> Config:
@@ -71,11 +76,21 @@ def config_hash(config: Config) -> str:
 
 
 def resolve(config: Config) -> Config:
-    """Fill in place what depends on the machine (precision, threads, kernels): it is part of the identity."""
+    """Fill in place what lies outside (the machine, the weights to start from): it is part of the identity.
+
+    Raises:
+        ValueError: kernels that cannot run here, or no weights in `init_from`.
+    """
+    if config.init_from is not None and config.init_sha256 is None:
+        config.init_sha256 = weights_sha256(Path(config.init_from))
     config.engine.precision = resolve_precision(config.engine.precision)
     if config.engine.num_threads == 0:
         config.engine.num_threads = resolve_threads(config.engine, len(os.sched_getaffinity(0)))
     config.engine.native_kernels = resolve_native(config.engine)
+    if config.model.moe is not None:
+        num_tokens = config.train.micro_batch_size * config.model.seq_len
+        precision = torch.bfloat16 if config.engine.precision is Precision.bf16 else torch.float32
+        config.model.moe.expert_kernel = resolve_expert_kernel(config.model, num_tokens, precision)
     return config
 
 
@@ -87,6 +102,15 @@ def validate(config: Config) -> None:
     """
     if not config.run_dir.strip():
         raise ValueError("run_dir= is empty: every run needs a folder of its own; usual: run_dir=runs/mine")
+    if config.init_from is None and config.init_sha256 is not None:
+        raise ValueError(
+            f"init_sha256={config.init_sha256} has no effect without init_from; set init_sha256=null, or init_from"
+        )
+    if config.init_from is not None and Path(config.init_from).resolve() == Path(config.run_dir).resolve():
+        raise ValueError(
+            f"run_dir={config.run_dir} must not be init_from={config.init_from}, whose weights are only read; "
+            f"nearest: run_dir={config.init_from}-continued"
+        )
     per_micro_batch = config.train.micro_batch_size * config.model.seq_len
     wanted = config.train.global_batch_tokens
     if wanted < per_micro_batch or wanted % per_micro_batch:
@@ -95,6 +119,12 @@ def validate(config: Config) -> None:
         raise ValueError(
             f"train.global_batch_tokens={wanted} must be a multiple of train.micro_batch_size * model.seq_len = "
             f"{config.train.micro_batch_size} * {config.model.seq_len} = {per_micro_batch}; nearest: {nearest}"
+        )
+    memory = config.model.memory
+    if memory is not None and memory.shuffled and config.train.micro_batch_size < 2:
+        raise ValueError(
+            f"train.micro_batch_size={config.train.micro_batch_size} must be at least 2 where a sequence reads its "
+            "neighbour's rows (shuffled=true); nearest: 2"
         )
     if config.train.eval_tokens < config.model.seq_len:
         raise ValueError(

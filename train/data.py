@@ -146,14 +146,25 @@ class TrainBatches:
         return int(self._orders[epoch][index])
 
 
-def validation_batches(prepared: PreparedData, seq_len: int, micro_batch_size: int, max_tokens: int) -> Iterator[Batch]:
+def validation_batches(
+    prepared: PreparedData, seq_len: int, micro_batch_size: int, max_tokens: int, apart: bool = False
+) -> Iterator[Batch]:
     """Fixed windows spread evenly over the validation split, the same for every trial.
 
     Of the split's n = (tokens - 1) // S windows, m = min(n, max_tokens // S) are read: numbers floor(i * n / m). The
     last batch may be smaller.
 
+    Args:
+        prepared: the data.
+        seq_len: S.
+        micro_batch_size: windows of a batch.
+        max_tokens: input tokens of all windows together, at most.
+        apart: the same windows, dealt out instead of in a row: of k batches, batch j holds windows j, j + k, j + 2k,
+            ..., about n / micro_batch_size windows apart in the text. No batch holds one window alone; where pairs
+            leave one over, the first batch holds three.
+
     Raises:
-        DataError: The split is shorter than one window, or `max_tokens` holds none.
+        DataError: The split is shorter than one window (two with `apart`), or `max_tokens` holds none (or one).
     """
     _check_window(prepared, "val", seq_len)
     if max_tokens < seq_len:
@@ -161,6 +172,14 @@ def validation_batches(prepared: PreparedData, seq_len: int, micro_batch_size: i
     available = (prepared.num_val_tokens - 1) // seq_len
     count = min(available, max_tokens // seq_len)
     starts = np.arange(count) * available // count * seq_len
+    if apart:
+        if count < 2:
+            raise DataError(
+                f"shuffled rows need two windows of seq_len={seq_len} to validate on, and max_tokens={max_tokens} of "
+                f"the split's {prepared.num_val_tokens} tokens hold {count}; nearest: train.eval_tokens={2 * seq_len}"
+            )
+        num_batches = min(-(-count // micro_batch_size), count // 2)
+        return (windows(prepared.val, starts[j::num_batches], seq_len, prepared.eos_id) for j in range(num_batches))
     return (
         windows(prepared.val, starts[i : i + micro_batch_size], seq_len, prepared.eos_id)
         for i in range(0, count, micro_batch_size)

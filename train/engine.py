@@ -216,6 +216,8 @@ class Engine:
         """Add the gradient of `loss` (already scaled by 1 / accumulation) to parameters and tables."""
         self._engine.backward(loss, scale_wrt_gas=False)
         for layer, table in self.tables.items():
+            if not memory_rows[layer].requires_grad:  # a frozen table's
+                continue
             gradient = memory_rows[layer].grad
             assert gradient is not None, f"no gradient reached the memory rows of layer {layer}"
             table.accumulate(row_ids[layer], gradient)

@@ -78,6 +78,11 @@ def load(run_dir: Path) -> tuple["Transformer", Memory, PreparedData]:
             "(sweep.keep_checkpoints=last would); train one with make train"
         )
     config = load_config(run_dir / "config.yaml")
+    if config.model.memory is not None and config.model.memory.shuffled:
+        raise ValueError(
+            f"{run_dir} is a control that reads the rows of a neighbouring sequence (shuffled=true): one text alone "
+            "has none; give another run"
+        )
     prepared = open_prepared(config.data)
     check_data(found, prepared, run_dir)
     device = torch.device("cpu")

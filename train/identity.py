@@ -12,9 +12,27 @@ from typing import Any
 
 # Where a run lies, what it prints and when it saves does not change what it computes.
 _NOT_IDENTITY: dict[tuple[str, ...], tuple[str, ...]] = {
-    (): ("run_dir", "log", "schema_version"),
+    (): ("run_dir", "log", "schema_version", "init_from"),  # weights to start from count by their content, init_sha256
     ("data",): ("root",),
     ("train",): ("checkpoint_interval", "keep_checkpoints", "final_checkpoint"),
+}
+
+# Settings that came after runs had been recorded, each with the value that stands for what was computed before. At that
+# value they leave the identity as it was, so that earlier runs can be continued and earlier sweeps extended.
+_LATER: dict[tuple[str, ...], dict[str, Any]] = {
+    (): {"init_sha256": None},
+    ("model",): {"mla": None, "over_encoding": None, "hyper_connections": None},
+    ("model", "moe", "router"): {
+        "kind": "sigmoid",
+        "normalize": True,
+        "num_groups": 1,
+        "top_groups": 1,
+        "balance_coef": 1e-2,
+        "capacity_factor": 1.25,
+    },
+    ("model", "engram"): {"multi_branch": True, "compress": True, "gate": True, "shuffled": False},
+    ("sweep", "engram"): {"multi_branch": True, "compress": True, "gate": True, "shuffled": False},
+    ("memory",): {"frozen": False},
 }
 
 
@@ -37,12 +55,23 @@ def identity_settings(plain_config: dict[str, Any]) -> dict[str, Any]:
     """A copy of a resolved configuration, given as nested dicts, without the settings that change no result."""
     identity = copy.deepcopy(plain_config)
     for path, names in _NOT_IDENTITY.items():
-        part = identity
-        for key in path:
-            part = part.get(key, {})
+        part = _part(identity, path)
         for name in names:
             part.pop(name, None)
+    for path, values in _LATER.items():
+        part = _part(identity, path)
+        for name, value in values.items():
+            if part.get(name, value) == value:
+                part.pop(name, None)
     return identity
+
+
+def _part(plain_config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    """The nested dict at `path`; an empty one where it, or a part on the way, is absent or null."""
+    part = plain_config
+    for key in path:
+        part = part.get(key) or {}
+    return part
 
 
 def identity_hash(plain_config: dict[str, Any]) -> str:

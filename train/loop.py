@@ -6,12 +6,14 @@ import signal
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
 from models.accounting import count_parameters, flops_per_token
+from train import checkpoint
 from train.build import Memory, build_engine, build_memory, forward
 from train.data import Batch, TrainBatches, check_fits, validation_batches
 from train.ema import WeightAverage
@@ -64,6 +66,8 @@ class Stopped(Exception):
 def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
     """Train one model as `config` says, inside `folder`; resume from its newest checkpoint if there is one.
 
+    `config.init_from` counts only before there is one: it gives the weights of step 0, the optimizer begins anew.
+
     Returns:
         The result record, also written to `result.json`.
 
@@ -83,7 +87,9 @@ def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
     check_fits(prepared, config.model.vocab_size, config.model.seq_len)
     batches = TrainBatches(prepared, config.model.seq_len, cfg.global_batch_tokens // config.model.seq_len, config.seed)
     memory = build_memory(config, prepared, device)
-    engine = build_engine(config, memory, device)
+    resuming = checkpoint.newest(folder.checkpoints) is not None
+    start = Path(config.init_from) if config.init_from is not None and not resuming else None
+    engine = build_engine(config, memory, device, start)
     write_record(folder.path / "ds_config.json", engine.ds_config)
     average = WeightAverage(engine.model, memory.tables, cfg.ema_decay, max_steps) if cfg.ema_decay else None
     first_step, state = resume(folder, prepared, engine, memory, average)
@@ -229,10 +235,11 @@ def _evaluate(
     device: torch.device,
 ) -> Evaluation:
     """Validate with the averaged weights if there are any."""
-    cfg = config.train
+    cfg, seq_len = config.train, config.model.seq_len
+    apart = memory.hasher is not None and memory.hasher.shuffled  # neighbours in a batch are then strangers
 
     def windows() -> Any:
-        for batch in validation_batches(prepared, config.model.seq_len, cfg.micro_batch_size, cfg.eval_tokens):
+        for batch in validation_batches(prepared, seq_len, cfg.micro_batch_size, cfg.eval_tokens, apart):
             yield Batch(batch.token_ids.to(device), batch.targets.to(device), batch.document_ids.to(device))
 
     if average is None:

@@ -59,7 +59,8 @@ def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[ParameterGroup]
     Matrices (2-D, or stacks of expert matrices) are decayed and go to Muon when it is chosen; vocabulary matrices are
     decayed and stay with AdamW; vectors (norm weights, also those with one row per branch, biases, and the taps of
     depthwise convolutions, one filter per channel) are not decayed. Routers stay with AdamW: their rows are directions
-    of single experts, not one map.
+    of single experts, not one map. The projections of hyper-connections are matrices; their biases and gates are
+    vectors, which DeepSeek, too, leaves to AdamW under Muon.
 
     Raises:
         AssertionError: if a parameter is in no group or in two.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from train.allocator import keep_freed_memory
 from train.config import Config, compose_config, config_hash, resolve, to_yaml, validate
+from train.kernel_choice import keep_expert_kernel
 
 EXIT_SETTINGS, EXIT_NOT_FINITE, EXIT_STOPPED = 2, 3, 75  # 75: EX_TEMPFAIL of sysexits.h, "try again"
 
@@ -26,8 +27,9 @@ def main(arguments: list[str]) -> int:
 
     keep_freed_memory()
     try:
-        config = resolve(compose_config(args.config_path, args.config_name, args.overrides))
-        validate(config)
+        config = compose_config(args.config_path, args.config_name, args.overrides)
+        keep_expert_kernel(config.model, Path(config.run_dir))
+        validate(resolve(config))
     except ValueError as error:
         return _report(error, EXIT_SETTINGS)
     return run(config)

@@ -21,6 +21,7 @@ class StepStatistics:
     """
 
     def __init__(self, cfg: TransformerConfig, peak: tuple[float, str]) -> None:
+        self.memory_part = "over_encoding" if cfg.over_encoding is not None else "engram"
         self.flops_per_token = 3 * flops_per_token(cfg).with_head
         self.peak, self.convention = peak
         self.restart_clock()
@@ -34,7 +35,7 @@ class StepStatistics:
         self._tokens += num_tokens
 
     def collect(self, stats: Stats, expert_counts: Tensor | None, tables: Mapping[int, LocalTable]) -> dict[str, Any]:
-        """One record's worth, and restart the clock. Router entropy and gates are the last micro-batch's."""
+        """One record's worth, and restart the clock. Router entropy, drops and gates are the last micro-batch's."""
         tokens_per_second = self._tokens / max(time.perf_counter() - self._start, 1e-9)
         record: dict[str, Any] = {"perf/tokens_per_second": tokens_per_second}
         if self.peak:
@@ -48,11 +49,14 @@ class StepStatistics:
             record["moe/expert_counts"] = expert_counts.tolist()
         if stats.router_entropy is not None:
             record["moe/router_entropy"] = stats.router_entropy.tolist()
+        if stats.dropped is not None:
+            record["moe/dropped"] = float(stats.dropped.mean())
         for layer, table in tables.items():
-            record[f"engram/gate_mean_{layer}"] = float(stats.gate_mean[layer])
-            record[f"engram/gate_histogram_{layer}"] = stats.gate_histogram[layer].tolist()
-            record[f"engram/rows_touched_{layer}"] = table.rows_touched
-            record[f"engram/rows_ever_touched_{layer}"] = table.rows_ever_touched
-            record[f"engram/num_rows_{layer}"] = len(table.weight)
+            if layer in stats.gate_mean:
+                record[f"engram/gate_mean_{layer}"] = float(stats.gate_mean[layer])
+                record[f"engram/gate_histogram_{layer}"] = stats.gate_histogram[layer].tolist()
+            record[f"{self.memory_part}/rows_touched_{layer}"] = table.rows_touched
+            record[f"{self.memory_part}/rows_ever_touched_{layer}"] = table.rows_ever_touched
+            record[f"{self.memory_part}/num_rows_{layer}"] = len(table.weight)
         self.restart_clock()
         return record

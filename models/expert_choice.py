@@ -1,0 +1,94 @@
+"""Which expert kernel is fastest on this machine, measured at the shape of a model's layer."""
+
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+
+from models.expert_kernels import check_grouped_mm_widths, check_triton_widths
+from models.initialize import initialize
+from models.kernels import launch
+from models.moe import ExpertKernel, MoE
+from models.transformer import TransformerConfig
+
+# Timed passes; the median of so few is not moved by one disturbance.
+REPEATS = 5
+# Of the weights that are timed, small enough that nothing overflows at any width.
+INIT_STD = 0.02
+_WIDTH_CHECKS = {ExpertKernel.grouped_mm: check_grouped_mm_widths, ExpertKernel.triton: check_triton_widths}
+
+
+def candidates(cfg: TransformerConfig, device: torch.device) -> list[ExpertKernel]:
+    """Kernels that run on `device` at the layer's widths.
+
+    `padded` is for CPUs: it lays its groups out on the host, so that a GPU would have to wait.
+
+    Raises:
+        ValueError: the model has no experts.
+    """
+    if cfg.moe is None:
+        raise ValueError("model.moe=null has no expert kernel to choose; set model.moe or leave the choice out")
+    kernels = [ExpertKernel.loop, ExpertKernel.grouped_mm]
+    if device.type != "cuda":
+        kernels.append(ExpertKernel.padded)
+    elif launch.INSTALLED and not launch.INTERPRETED:
+        kernels.append(ExpertKernel.triton)
+    return [kernel for kernel in kernels if _takes_widths(kernel, cfg.d_model, cfg.moe.d_expert)]
+
+
+def _takes_widths(kernel: ExpertKernel, d_model: int, d_expert: int) -> bool:
+    try:
+        _WIDTH_CHECKS.get(kernel, lambda *_: None)(d_model, d_expert)
+    except ValueError:
+        return False
+    return True
+
+
+def expert_kernel_seconds(
+    cfg: TransformerConfig, device: torch.device, num_tokens: int, precision: torch.dtype
+) -> dict[ExpertKernel, float]:
+    """Seconds of one forward and backward pass of one layer, dispatch included, with each candidate.
+
+    Router and inputs are random, so that the load is about even, and the same for every candidate. The first pass,
+    which compiles and tunes, is not timed. The random state of the process stays as it was.
+
+    Args:
+        cfg: the model; `moe.expert_kernel` plays no part.
+        device: where to measure, with nothing else running there.
+        num_tokens: T of one micro-batch.
+        precision: bf16 for autocast, as the engine does it, or fp32.
+    """
+    return {kernel: _seconds(cfg, device, num_tokens, precision, kernel) for kernel in candidates(cfg, device)}
+
+
+def fastest_expert_kernel(seconds: dict[ExpertKernel, float]) -> ExpertKernel:
+    """The candidate with the least `expert_kernel_seconds`."""
+    return min(seconds, key=lambda kernel: seconds[kernel])
+
+
+def _seconds(
+    cfg: TransformerConfig, device: torch.device, num_tokens: int, precision: torch.dtype, kernel: ExpertKernel
+) -> float:
+    assert cfg.moe is not None  # `candidates` has seen to it
+    layer = MoE(replace(cfg.moe, expert_kernel=kernel), cfg.d_model, shared_width=0)
+    initialize(layer, seed=0, init_std=INIT_STD)
+    layer.to(device)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, num_tokens, cfg.d_model, generator=generator).to(device).requires_grad_()
+    times = []
+    for _ in range(1 + REPEATS):
+        layer.zero_grad()
+        _wait(device)
+        start = time.perf_counter()
+        with torch.autocast(device.type, precision, enabled=precision is not torch.float32):
+            update, _ = layer(x)
+        update.backward(torch.ones_like(update))
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,57 @@
+"""Mask and softmax attention: the paths of the CPU against torch's own, outputs and every gradient."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from models import softmax_attention
+from models.softmax_attention import attention_bias, attention_mask, masked_attention
+from tests.tiny import relative_error
+
+# Batch, query heads, key heads, positions, width of queries and keys, width of values, scale.
+SHAPES = [
+    (2, 4, 2, 33, 6, 6, 6**-0.5),
+    (1, 3, 3, 1, 2, 2, 0.7),
+    (3, 6, 1, 150, 8, 8, 8**-0.5),
+    (2, 2, 1, 128, 4, 4, 0.5),
+    (2, 3, 3, 40, 12, 8, 0.3),
+    (1, 4, 2, 131, 3, 7, 1.0),
+]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cpu_path_equals_torch_in_output_and_gradients(shape, dtype, tolerance):
+    batch, heads, kv_heads, seq_len, width, value_width, scale = shape
+    sizes = ((heads, width), (kv_heads, width), (kv_heads, value_width))
+    exact = [torch.randn(batch, n, seq_len, columns).to(dtype).float() for n, columns in sizes]
+    mask = attention_mask(torch.randint(0, 3, (batch, seq_len)).sort(dim=1).values)
+    bias = attention_bias(mask, torch.float64)
+    upstream = torch.randn(batch, seq_len, heads, value_width)
+
+    def definition(query, key, value, bias, scale):
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=True)
+        return attended.transpose(1, 2)
+
+    results = []
+    for cast, function in ((dtype, masked_attention), (torch.float64, definition)):
+        inputs = [tensor.detach().clone().to(cast).requires_grad_() for tensor in exact]
+        out = function(*inputs, bias, scale)
+        out.backward(upstream.to(cast))
+        results.append([out, *(tensor.grad for tensor in inputs)])
+    for name, actual, expected in zip(("output", "query", "key", "value"), *results, strict=True):
+        if expected.abs().max() > 1e-12:  # a single position has no gradient in query and key
+            assert relative_error(actual, expected) < tolerance, name
+
+
+def test_long_sequences_take_torchs_kernel_with_the_same_result(monkeypatch):
+    query, key, value = torch.randn(2, 4, 20, 8), torch.randn(2, 2, 20, 8), torch.randn(2, 2, 20, 5)
+    bias = attention_bias(attention_mask(torch.zeros(2, 20, dtype=torch.int64)), torch.float32)
+    short = masked_attention(query, key, value, bias, 0.6)
+    monkeypatch.setattr(softmax_attention, "MATERIALIZE_UP_TO", 19)
+    assert relative_error(masked_attention(query, key, value, bias, 0.6), short) < 1e-5
+
+
+def test_mask_is_causal_and_ends_at_documents():
+    mask = attention_mask(torch.tensor([[7, 7, 9]]))
+    assert mask.tolist() == [[[[True, False, False], [True, True, False], [False, False, True]]]]
