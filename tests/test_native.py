@@ -9,8 +9,8 @@ import torch
 
 from models import native
 from models.feed_forward import swiglu_hidden, swiglu_hidden_backward
-from models.norm import rms_norm
-from models.router import top_k_ids
+from models.norm import RMSNorm, add_rms_norm, rms_norm
+from models.router import Router, RouterConfig, top_k_ids
 from tests.tiny import relative_error
 
 # One rounding to bf16 is at most 2^-9 of a value; the plain path rounds after every one of a few operations.
@@ -79,19 +79,70 @@ def test_levels_that_do_not_work_here_are_refused(monkeypatch):
     native.use(native.Level.off)
 
 
-def test_exponential_is_exact_to_fp32(tmp_path):
-    source = tmp_path / "exponential.c"
-    source.write_text(
-        '#include "common.h"\nvoid run(long n, const float *x, float *y) '
-        "{ for (long i = 0; i < n; i++) y[i] = exponential(x[i]); }\n"
-    )
-    built = tmp_path / "exponential.so"
-    command = ["cc", *native.FLAGS, f"-I{native.FOLDER}", str(source), "-o", str(built), "-lm"]
+LANES = """#include "lanes.h"
+void run(long n, const float *x, const bf16 *narrow_x, float *e, float *inverse, float *logs, bf16 *narrowed,
+         float *copy, float *sums) {
+    for (long i = 0; i < n; i += LANES) {
+        const Lanes values = load(x + i, n - i, 0.0f);
+        store(e + i, n - i, exponential_of(values));
+        store(inverse + i, n - i, reciprocal(values));
+        store(logs + i, n - i, logarithm_of(values));
+        store_bf16(narrowed + i, n - i, values);
+        store(copy + i, n - i, load_bf16(narrow_x + i, n - i, 0.0f));
+        sums[0] += sum_of(values);
+        sums[1] = greatest_of(greater(load(x + i, n - i, -INFINITY), all(sums[1])));
+    }
+}
+"""
+
+
+@pytest.fixture(params=[[], ["-mno-avx512bf16"]], ids=["as here", "plain C"])
+def lanes(request, tmp_path):
+    """What models/native/lanes.h makes of numbers, in the form of this processor and in plain C."""
+    source, built = tmp_path / "lanes.c", tmp_path / "lanes.so"
+    source.write_text(LANES)
+    command = ["cc", *native.FLAGS, *request.param, f"-I{native.FOLDER}", str(source), "-o", str(built), "-lm"]
     subprocess.run(command, check=True)
+    library = ctypes.CDLL(str(built))
+
+    def run(x):
+        """Exponentials, reciprocals, logarithms, bf16 of x, fp32 of bf16(x), and [sum, greatest]."""
+        guard = torch.full((len(x) + 16,), 7.0)  # behind the last number nothing may be written
+        outputs = [guard.clone(), guard.clone(), guard.clone(), guard.bfloat16(), guard.clone()]
+        outputs.append(torch.tensor([0.0, -50.0]))
+        arguments = [x, x.bfloat16(), *outputs]
+        library.run(ctypes.c_long(len(x)), *(ctypes.c_void_p(tensor.data_ptr()) for tensor in arguments))
+        assert all((output[len(x) :] == 7.0).all() for output in outputs[:5])
+        return [output[: len(x)] for output in outputs[:5]] + outputs[5:]
+
+    return run
+
+
+def test_exponential_is_exact_to_fp32(lanes):
     x = torch.linspace(-86.0, 87.0, 100_001)
-    y = torch.empty_like(x)
-    ctypes.CDLL(str(built)).run(ctypes.c_long(len(x)), ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()))
-    assert float((y.double() / x.double().exp() - 1).abs().max()) < 1.5e-7  # 2^-23 and a little
+    assert float((lanes(x)[0].double() / x.double().exp() - 1).abs().max()) < 1.5e-7  # 2^-23 and a little
+
+
+def test_exponential_of_large_and_broken_numbers(lanes):
+    inf, nan = float("inf"), float("nan")
+    e = lanes(torch.tensor([-inf, -200.0, -87.5, 0.0, 89.5, 1e9, inf, nan]))[0].tolist()
+    assert e[:7] == [0.0, 0.0, 0.0, 1.0, inf, inf, inf] and e[7] != e[7]
+
+
+def test_logarithm_is_exact_to_fp32(lanes):
+    x = torch.cat((torch.logspace(-37, 37, 10_001), torch.linspace(0.5, 2.0, 10_001), torch.tensor([1.0])))
+    logs, exact = lanes(x)[2].double(), x.double().log()
+    assert float(((logs - exact).abs() / exact.abs().clamp_min(0.1)).max()) < 2.5e-7
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 100])
+def test_lanes_of_any_number(lanes, count):
+    x = 1.0 + 1e4 * torch.rand(count) ** 8
+    _, _, _, narrowed, widened, (total, greatest) = lanes(-x)
+    assert greatest == -x.min().clamp(max=50.0) and relative_error(total, -x.sum()) < 1e-6
+    assert torch.equal(narrowed, -x.bfloat16()) and torch.equal(widened, -x.bfloat16().float())
+    inverse = lanes(x)[1]
+    assert float((inverse.double() * x.double() - 1).abs().max()) < 1.5e-7
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -132,6 +183,22 @@ def test_rms_norm(shape, monkeypatch):
         assert relative_error(a, b) < 1e-6
 
 
+@pytest.mark.parametrize("shape", [(1, 8), (2, 7, 24), (3, 5, 128), (4, 33)])
+def test_add_rms_norm(shape, monkeypatch):
+    norm = RMSNorm(shape[-1], 1e-6)
+    torch.nn.init.normal_(norm.weight)
+    hidden, update = torch.randn(shape, requires_grad=True), torch.randn(shape).bfloat16().requires_grad_()
+    upstream, direct = torch.randn(shape), torch.randn(shape)
+    results = []
+    for _ in range(2):
+        total, normed = add_rms_norm(hidden, update, norm)
+        value = (normed * upstream).sum() + (total * direct).sum()
+        results.append((total, normed, *torch.autograd.grad(value, (hidden, norm.weight, update))))
+        plain(monkeypatch)
+    for (a, b), limit in zip(zip(*results, strict=True), (0.0, 1e-6, 1e-6, 1e-6, 5e-3), strict=True):
+        assert a.dtype == b.dtype and relative_error(a, b) <= limit
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (9, 7, 3), (50, 64, 4), (6, 4, 4)])
 def test_top_k(shape, monkeypatch):
     rows, experts, top_k = shape
@@ -161,3 +228,31 @@ def test_freed_memory_is_kept_and_used_again():
         assert faults() < 1000, "16 MiB are 4096 pages"
     """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.3])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 3, 3), (2, 7, 5, 2), (3, 9, 40, 4), (2, 33, 64, 6)])
+def test_router(shape, normalize, coefficient, monkeypatch):
+    batch, seq_len, num_experts, top_k = shape
+    cfg = RouterConfig(
+        top_k=top_k, route_scale=1.7, normalize=normalize, sequence_balance_coef=coefficient, bias_update_rate=0.01
+    )
+    router = Router(cfg, 6, num_experts)
+    torch.nn.init.normal_(router.weight)
+    router.expert_bias.normal_(0, 0.3)
+    x = torch.randn(batch, seq_len, 6, requires_grad=True)
+    upstream = torch.randn(batch * seq_len, num_experts)  # by expert, since the order of the chosen ones is free
+    results = []
+    for _ in range(2):
+        routing = router(x)
+        loss = routing.aux_losses["sequence_balance"]
+        total = (routing.weights * upstream.gather(1, routing.expert_ids)).sum() + 5 * loss
+        by_expert = torch.zeros_like(upstream).scatter(1, routing.expert_ids, routing.weights.detach())
+        results.append(
+            (by_expert, routing.counts, loss, routing.entropy, *torch.autograd.grad(total, (x, router.weight)))
+        )
+        assert not routing.entropy.requires_grad
+        plain(monkeypatch)
+    for name, a, b in zip(("weights", "counts", "balance", "entropy", "x", "weight"), *results, strict=True):
+        assert relative_error(a, b) < 2e-6, name

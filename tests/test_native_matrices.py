@@ -10,21 +10,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models import native
-from models.attention import (
-    Attention,
-    AttentionConfig,
-    _NativeAttention,
-    attention_bias,
-    attention_mask,
-    masked_attention,
-)
+from models.attention import Attention, AttentionConfig
 from models.expert_kernels import swiglu_loop, swiglu_native
+from models.feed_forward import SwiGLU
 from models.initialize import initialize
 from models.loss import IGNORE_INDEX, _NativeLinearCrossEntropy, cross_entropy
+from models.mla import LatentAttention, MLAConfig
 from models.moe import LocalDispatcher, MoE, MoEConfig
-from models.router import RouterConfig
+from models.rotary import RotaryConfig, YarnConfig
+from models.router import RouterConfig, RouterKind
+from models.softmax_attention import attention_bias, attention_mask, masked_attention
 from models.transformer import ActivationCheckpointing
-from tests.tiny import TinyMemory, relative_error, tiny_batch, tiny_config, tiny_model
+from tests.tiny import VOCAB_SIZE, TinyMemory, relative_error, tiny_batch, tiny_config, tiny_model
 
 # One rounding to bf16 is at most 2^-9 of a value; the kernels round the hidden layer, probabilities and gradients once.
 BF16 = 8e-3
@@ -39,7 +36,7 @@ def calls(request, monkeypatch, tmp_path_factory):
         path = tmp_path_factory.getbasetemp() / "without_unit.so"
         if not path.exists():
             sources = [str(source) for source in native.SOURCES]
-            flags = [*native.FLAGS, "-mno-amx-tile", "-mno-amx-bf16"]
+            flags = [*native.FLAGS, "-mno-amx-tile", "-mno-amx-bf16", "-mno-avx512bf16"]
             subprocess.run(["cc", *flags, *sources, "-o", str(path), "-lm"], check=True)
         library = ctypes.CDLL(str(path))
         assert library.matrix_unit() == 0
@@ -74,7 +71,9 @@ def by_loop(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tens
     return dispatcher.combine(swiglu_loop(sent.tokens, sent.weights, sent.counts, gate_up, down), sent)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 8, 8), (37, 2, 7, 40, 24), (150, 3, 3, 33, 5), (300, 2, 2, 64, 32)])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1, 8, 8), (37, 2, 7, 40, 24), (150, 3, 3, 33, 5), (300, 2, 2, 64, 32), (70, 1, 3, 24, 150)]
+)
 def test_experts(sizes):
     case = experts_case(*sizes)
     leaves = {name: case[name].clone().requires_grad_() for name in ("x", "weights", "gate_up", "down")}
@@ -91,27 +90,65 @@ def test_experts(sizes):
         assert gradients[2][-1].count_nonzero() == 0 and gradients[3][-1].count_nonzero() == 0
 
 
-def moe_results(bf16: bool) -> dict[str, Tensor]:
+def moe_results(bf16: bool, router: RouterConfig) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    moe = MoE(MoEConfig(num_experts=9, d_expert=12, router=RouterConfig(top_k=3)), d_model=20, shared_width=8)
+    moe = MoE(MoEConfig(num_experts=9, d_expert=12, router=router), d_model=20, shared_width=8, vocab_size=VOCAB_SIZE)
     initialize(moe, 0, 0.3)
+    token_ids = torch.randint(0, VOCAB_SIZE, (3, 11))
     x = torch.randn(3, 11, 20, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        out, stats = moe(x)
+        out, stats = moe(x, token_ids)
     (out.float() * torch.randn(out.shape)).sum().backward()
-    assert int(stats.counts.sum()) == 3 * 11 * 3
+    assert int(stats.counts.sum()) == 3 * 11 * router.top_k
+    if router.can_drop:
+        assert 0 < float(stats.dropped) < 1
     return {"out": out, "x": x.grad, **{name: p.grad for name, p in moe.named_parameters()}}
 
 
-def test_moe_layer(monkeypatch, calls):
-    actual = moe_results(True)
-    assert {"experts_forward", "experts_backward"} < set(calls)
-    expected = moe_results(False)
+@pytest.mark.parametrize(
+    "router",
+    [
+        RouterConfig(top_k=3),
+        RouterConfig(RouterKind.softmax, top_k=3),
+        RouterConfig(RouterKind.gshard, top_k=2, capacity_factor=0.5),
+        RouterConfig(RouterKind.switch, top_k=1, capacity_factor=0.5),
+        RouterConfig(RouterKind.hash, top_k=1),
+    ],
+    ids=lambda router: router.kind.value,
+)
+def test_moe_layer(monkeypatch, calls, router):
+    actual = moe_results(True, router)
+    assert {"experts_forward", "experts_backward"} <= set(calls)
+    expected = moe_results(False, router)
     monkeypatch.setattr(native, "_level", native.Level.off)
-    torchs_own = moe_results(True)
+    torchs_own = moe_results(True, router)
     for name, exact in expected.items():
         # as close to fp32 as torch's own bf16 operations are, up to the luck of single roundings
         assert relative_error(actual[name], exact) < max(1.5 * relative_error(torchs_own[name], exact), BF16), name
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 8), (37, 40, 24), (150, 33, 5), (300, 64, 96)])
+def test_dense_swiglu(sizes, calls):
+    tokens, width, hidden = sizes
+    torch.manual_seed(0)
+    swiglu = SwiGLU(width, hidden)
+    initialize(swiglu, 0, width**-0.5)
+    with torch.no_grad():
+        for parameter in swiglu.parameters():
+            parameter.copy_(parameter.bfloat16().float())
+    leaves = [torch.randn(2, tokens, width).bfloat16().requires_grad_(), *swiglu.parameters()]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = swiglu(leaves[0])
+    assert calls == ["experts_forward"] and actual.dtype == torch.float32
+    gate, up = (exact[0] @ exact[1].t()).chunk(2, -1)
+    expected = (F.silu(gate) * up) @ exact[2].t()
+    assert relative_error(actual, expected) < BF16
+    upstream = torch.randn(actual.shape).bfloat16().float()
+    gradients = torch.autograd.grad(actual, leaves, upstream)
+    references = torch.autograd.grad(expected, exact, upstream.double())
+    for leaf, gradient, reference in zip(leaves, gradients, references, strict=True):
+        assert gradient.dtype == leaf.dtype and relative_error(gradient, reference) < BF16
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 3), (5, 24, 61), (133, 40, 701), (260, 32, 1024)])
@@ -149,17 +186,28 @@ def test_a_target_outside_the_vocabulary_gives_a_broken_loss(target):
     assert torch.isnan(_NativeLinearCrossEntropy.apply(hidden, weight, torch.tensor([1, target, 2])))
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 2), (2, 3, 1, 37, 6), (2, 4, 2, 70, 40), (1, 2, 2, 96, 32)])
-def test_attention_kernel(sizes):
-    batch, num_heads, num_kv_heads, seq_len, width = sizes
+# Batch, query heads, key heads, positions, width of queries and keys, width of values.
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1, 1, 1, 1, 2, 2), (2, 3, 1, 37, 6, 6), (2, 4, 2, 70, 40, 40), (1, 2, 2, 96, 32, 32),
+        (1, 1, 1, 1, 6, 3), (2, 3, 3, 45, 48, 32), (1, 4, 2, 70, 20, 71), (1, 2, 2, 33, 192, 128),
+    ],
+)  # fmt: skip
+def test_attention_kernel(sizes, calls):
+    batch, num_heads, num_kv_heads, seq_len, width, value_width = sizes
+    scale = 1.3 * width**-0.5
     torch.manual_seed(0)
     query = torch.randn(batch, num_heads, seq_len, width).bfloat16().requires_grad_()
-    key, value = (torch.randn(batch, num_kv_heads, seq_len, width).bfloat16().requires_grad_() for _ in range(2))
+    key = torch.randn(batch, num_kv_heads, seq_len, width).bfloat16().requires_grad_()
+    value = torch.randn(batch, num_kv_heads, seq_len, value_width).bfloat16().requires_grad_()
     documents = (torch.rand(batch, seq_len) < 0.1).long().cumsum(1)
     bias = attention_bias(attention_mask(documents), torch.bfloat16)
-    out = _NativeAttention.apply(query, key, value, bias)
+    out = masked_attention(query, key, value, bias, scale)
+    assert calls == ["attention_forward"]
     exact = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
-    expected = F.scaled_dot_product_attention(*exact, attn_mask=bias.double(), enable_gqa=True).transpose(1, 2)
+    expected = F.scaled_dot_product_attention(*exact, attn_mask=bias.double(), scale=scale, enable_gqa=True)
+    expected = expected.transpose(1, 2)
     assert relative_error(out, expected) < BF16
     upstream = torch.randn(out.shape).bfloat16()
     gradients = torch.autograd.grad(out, (query, key, value), upstream)
@@ -168,13 +216,19 @@ def test_attention_kernel(sizes):
         assert relative_error(gradient, reference) < BF16 or not (gradient.any() or reference.any())
 
 
-def attention_results(qk_norm: bool, seq_len: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def attention_results(kind: str, seq_len: int, dtype: torch.dtype) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    attention = Attention(AttentionConfig(4, 2, 16, qk_norm), d_model=24, seq_len=seq_len + 3, norm_eps=1e-6)
+    rotary = RotaryConfig(yarn=None if kind == "grouped" else YarnConfig(4, 32, mscale=1.5, mscale_all_dim=0.8))
+    rest = {"rotary": rotary, "d_model": 24, "seq_len": seq_len + 3, "norm_eps": 1e-6}
+    attention = (
+        LatentAttention(MLAConfig(3, 10, 9, nope_head_dim=7, rope_head_dim=4, value_head_dim=5), **rest)
+        if kind == "latent"
+        else Attention(AttentionConfig(4, 2, 16, qk_norm=kind == "qk_norm"), **rest)
+    )
     initialize(attention, 0, 0.4)
-    for norm in (attention.query_norm, attention.key_norm):
-        if norm is not None:
-            torch.nn.init.normal_(norm.weight, 1.0, 0.3)
+    for name, parameter in attention.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
     x = torch.randn(3, seq_len, 24, requires_grad=True)
     documents = (torch.arange(seq_len) > seq_len // 3).long().expand(3, -1)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
@@ -183,14 +237,14 @@ def attention_results(qk_norm: bool, seq_len: int, dtype: torch.dtype) -> dict[s
     return {"out": out, "x": x.grad, **{name: p.grad for name, p in attention.named_parameters()}}
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("kind", ["grouped", "qk_norm", "latent"])
 @pytest.mark.parametrize("seq_len", [1, 9, 64, 150])
-def test_attention(qk_norm, seq_len, monkeypatch, calls):
-    actual = attention_results(qk_norm, seq_len, torch.bfloat16)
-    assert {"attention_forward", "attention_backward"} < set(calls)
-    expected = attention_results(qk_norm, seq_len, torch.float32)
+def test_attention(kind, seq_len, monkeypatch, calls):
+    actual = attention_results(kind, seq_len, torch.bfloat16)
+    assert {"attention_forward", "attention_backward"} <= set(calls)
+    expected = attention_results(kind, seq_len, torch.float32)
     monkeypatch.setattr(native, "_level", native.Level.off)
-    torchs_own = attention_results(qk_norm, seq_len, torch.bfloat16)
+    torchs_own = attention_results(kind, seq_len, torch.bfloat16)
     for name, exact in expected.items():
         # as close to fp32 as torch's own bf16 operations are, up to the luck of single roundings
         assert relative_error(actual[name], exact) < max(1.5 * relative_error(torchs_own[name], exact), BF16), name
@@ -202,12 +256,12 @@ def test_attention_takes_one_mask_for_all_sequences():
     expected = F.scaled_dot_product_attention(
         query.double(), key.double(), key.double(), bias.double(), enable_gqa=True
     )
-    assert relative_error(masked_attention(query, key, key, bias), expected.transpose(1, 2)) < BF16
+    assert relative_error(masked_attention(query, key, key, bias, 8**-0.5), expected.transpose(1, 2)) < BF16
 
 
 def test_weights_in_bf16_take_torchs_path(calls):
     """The kernels read norms and rotary tables in fp32."""
-    attention = Attention(AttentionConfig(4, 2, 16, qk_norm=True), d_model=24, seq_len=9, norm_eps=1e-6)
+    attention = Attention(AttentionConfig(4, 2, 16, True), RotaryConfig(), d_model=24, seq_len=9, norm_eps=1e-6)
     initialize(attention, 0, 0.4)
     x = torch.randn(1, 9, 24)
     bias = attention_bias(attention_mask(torch.zeros(1, 9, dtype=torch.int64)), torch.bfloat16)

@@ -1,9 +1,10 @@
 """Fused CPU kernels in C, compiled once per machine: what torch does in ten passes over memory they do in one.
 
-`elementwise.c` holds norms, activations, rotation and top-k; `experts.c`, `attention.c` and `head.c` whole layers on
-the processor's matrix unit (AMX), through `tiles.h`. Each caller keeps its definition in plain torch, which runs
-wherever `available` or `matrices_available` says no: on other devices, in other types, with several threads (these
-loops use one), and on machines without a C compiler. `docs/log.md` has the time of a training step before and after.
+`elementwise.c` holds norms, activations, rotation and top-k; `streams.c` the residual streams of hyper-connections;
+`experts.c`, `attention.c` and `head.c` whole layers on the processor's matrix unit (AMX), through `tiles.h`. Each
+caller keeps its definition in plain torch, which runs wherever `available` or `matrices_available` says no: on other
+devices, in other types, with several threads (these loops use one), and on machines without a C compiler.
+`docs/log.md` has the time of a training step before and after.
 """
 
 import ctypes
@@ -38,7 +39,7 @@ class Level(str, Enum):
     """Which kernels a process uses. They round differently from torch's passes, so a run records its level."""
 
     off = "off"
-    elementwise = "elementwise"  # elementwise.c
+    elementwise = "elementwise"  # elementwise.c and streams.c
     matrices = "matrices"  # these, and experts.c, attention.c and head.c on the matrix unit
 
 

@@ -1,76 +1,90 @@
-/* softmax(q k^T / sqrt(C) + bias) v, block of queries by block of queries: scores exist only in the cache.
- * Definition: models/attention.py, `scaled_dot_product_attention` with a mask. The log-sum-exp of every query is kept
- * and the probabilities computed again in the backward pass (Dao et al. 2022, arXiv 2205.14135).
+/* softmax(q k^T / divisor + bias) v, block of queries by block of queries: scores exist only in the cache.
+ * Definition: models/softmax_attention.py, `scaled_dot_product_attention` with a mask. The log-sum-exp of every query
+ * is kept and the probabilities computed again in the backward pass (Dao et al. 2022, arXiv 2205.14135).
  *
- * B sequences, H query heads of which H / H_kv share a key head, S positions, C head width. query (B, H, S, C), key and
- * value (B, H_kv, S, C), bias (B, S, S) causal: keys after the last query of a block are left out.
+ * B sequences, H query heads of which H / H_kv share a key head, S positions, C width of a query or key, W width of a
+ * value. query (B, H, S, C), key (B, H_kv, S, C), value (B, H_kv, S, W), bias (B, S, S) causal: keys after the last
+ * query of a block are left out.
  */
+#include "lanes.h"
 #include "tiles.h"
 
-/* source (count, columns), rows `stride` apart -> result (padded count, padded columns), zeros around it. */
+static inline long larger(long a, long b) { return a > b ? a : b; }
+
+/* source (count, columns), its rows `stride` apart -> result (padded count, padded columns), zeros around it. */
 static void pad(long count, long columns, const bf16 *source, long stride, bf16 *restrict result) {
     memset(result, 0, padded(count) * padded(columns) * sizeof(bf16));
     for (long row = 0; row < count; row++)
         memcpy(result + row * padded(columns), source + row * stride, columns * sizeof(bf16));
 }
 
-/* Scores of one query to the keys before `end` -> scaled, biased, and minus infinity in the padding after `valid`. */
-static inline void mask_scores(long valid, long end, float scale, const bf16 *bias, float *restrict scores) {
-    for (long i = 0; i < valid; i++) scores[i] = scores[i] * scale + widen(bias[i]);
-    for (long i = valid; i < end; i++) scores[i] = -INFINITY;
+/* The same as a right operand; `room` holds the padded rows. */
+static Tiles padded_tiles(long count, long columns, const bf16 *source, bf16 *room, uint32_t *restrict pairs) {
+    pad(count, columns, source, columns, room);
+    return tiles_of(padded(count), padded(columns), room, padded(columns), pairs);
 }
 
-/* e^(score - shift), exactly 0 for a masked key. */
-static inline float probability(float score, float shift) {
-    return score == -INFINITY ? 0.0f : exponential(score - shift);
+/* Its transpose as a right operand. */
+static Tiles padded_tiles_of_transpose(long count, long columns, const bf16 *source, bf16 *room,
+                                       uint32_t *restrict pairs) {
+    pad(count, columns, source, columns, room);
+    return tiles_of_transpose(padded(count), padded(columns), room, pairs);
 }
 
-/* out (B, S, H, C), log_sum_exp (B, H, S). 1: no memory. */
-int attention_forward(long batch, long heads, long kv_heads, long seq, long width, const bf16 *query, const bf16 *key,
-                      const bf16 *value, const bf16 *bias, bf16 *restrict out, float *restrict log_sum_exp) {
-    const long s = padded(seq), c = padded(width), group = heads / kv_heads;
-    const float scale = 1.0f / sqrtf((float)width);
-    Scratch scratch = {0};
-    bf16 *room = take(&scratch, s * c, sizeof(bf16)), *rows = take(&scratch, BLOCK * c, sizeof(bf16));
-    bf16 *probabilities = take(&scratch, BLOCK * s, sizeof(bf16));
-    uint32_t *key_back = take(&scratch, s * c / 2, sizeof(uint32_t)); /* of the transpose */
-    uint32_t *value_pairs = take(&scratch, s * c / 2, sizeof(uint32_t));
-    float *scores = take(&scratch, BLOCK * s, sizeof(float)), *result = take(&scratch, BLOCK * c, sizeof(float));
-    if (scratch.failed) return release(&scratch), 1;
+/* A block of queries, from `start` on: `count` of them, which see no key after the first `valid`, padded to `end`. */
+typedef struct {
+    long start, count, valid, end;
+} Queries;
 
-    Tiles key_turned, value_tiles;
-    tiles_begin();
-    for (long head = 0; head < batch * heads; head++) {
-        const long sequence = head / heads, kv_head = head / group;
-        if (head % group == 0) {
-            pad(seq, width, key + kv_head * seq * width, width, room);
-            key_turned = tiles_of_transpose(s, c, room, key_back);
-            pad(seq, width, value + kv_head * seq * width, width, room);
-            value_tiles = tiles_of(s, c, room, c, value_pairs);
-        }
-        for (long start = 0; start < seq; start += BLOCK) {
-            const long count = seq - start < BLOCK ? seq - start : BLOCK, end = start + BLOCK;
-            const long valid = start + count;
-            pad(count, width, query + (head * seq + start) * width, width, rows);
-            multiply(BLOCK, end, c, rows, c, key_turned, scores, end, 0);
-            for (long i = 0; i < count; i++) {
-                float *score = scores + i * end, sum = 0.0f;
-                mask_scores(valid, end, scale, bias + (sequence * seq + start + i) * seq, score);
-                const float max = greatest(end, score);
-                for (long j = 0; j < end; j++) sum += score[j] = probability(score[j], max);
-                const float factor = 1.0f / sum;
-                for (long j = 0; j < end; j++) probabilities[i * end + j] = narrow(score[j] * factor);
-                log_sum_exp[head * seq + start + i] = max + logf(sum);
-            }
-            multiply(BLOCK, c, end, probabilities, end, value_tiles, result, c, 0);
-            for (long i = 0; i < count; i++) {
-                bf16 *to = out + ((sequence * seq + start + i) * heads + head % heads) * width;
-                for (long j = 0; j < width; j++) to[j] = narrow(result[i * c + j]);
-            }
-        }
+static inline Queries queries_from(long start, long seq) {
+    const long count = seq - start < BLOCK ? seq - start : BLOCK;
+    return (Queries){start, count, start + count, start + BLOCK};
+}
+
+/* Products of one query with its keys -> scores, minus infinity in the padding. Returns the greatest. */
+static inline float scores_row(Queries block, float scale, const bf16 *bias, float *restrict score) {
+    Lanes max = all(-INFINITY);
+    for (long j = 0; j < block.end; j += LANES) {
+        const Lanes s = load(score + j, LANES, 0.0f) * scale + load_bf16(bias + j, block.valid - j, -INFINITY);
+        store(score + j, LANES, s);
+        max = greater(max, s);
     }
-    tiles_end();
-    return release(&scratch), 0;
+    return greatest_of(max);
+}
+
+/* Scores of one query -> e^(score - max). Returns the sum. */
+static inline float exponential_row(long count, const float *score, float max, bf16 *restrict result) {
+    Lanes sum = all(0.0f);
+    for (long j = 0; j < count; j += LANES) {
+        const Lanes p = exponential_of(load(score + j, LANES, 0.0f) - max);
+        sum += p;
+        store_bf16(result + j, LANES, p);
+    }
+    return sum_of(sum);
+}
+
+/* Products of one query with its keys, and the gradient of the probabilities -> these and the gradient of the scores. */
+static inline void softmax_row_backward(Queries block, float scale, const bf16 *bias, float log_sum_exp,
+                                        float *restrict score, const float *restrict grad,
+                                        bf16 *restrict probabilities, bf16 *restrict grad_scores) {
+    Lanes dot = all(0.0f);
+    for (long j = 0; j < block.end; j += LANES) {
+        const Lanes s = load(score + j, LANES, 0.0f) * scale + load_bf16(bias + j, block.valid - j, -INFINITY);
+        const Lanes p = exponential_of(s - log_sum_exp);
+        dot += p * load(grad + j, LANES, 0.0f);
+        store(score + j, LANES, p);
+        store_bf16(probabilities + j, LANES, p);
+    }
+    const float mean = sum_of(dot);
+    for (long j = 0; j < block.end; j += LANES)
+        store_bf16(grad_scores + j, LANES,
+                   load(score + j, LANES, 0.0f) * (load(grad + j, LANES, 0.0f) - mean) * scale);
+}
+
+/* factor * sums -> bf16. */
+static inline void narrow_row(long columns, float factor, const float *sums, bf16 *restrict result) {
+    for (long i = 0; i < columns; i += LANES)
+        store_bf16(result + i, columns - i, factor * load(sums + i, columns - i, 0.0f));
 }
 
 /* Sums (C, S) of a transposed gradient -> bf16 (S, C). */
@@ -79,24 +93,68 @@ static void narrow_transposed(long seq, long width, const float *sums, bf16 *res
         for (long i = 0; i < width; i++) result[row * width + i] = narrow(sums[i * padded(seq) + row]);
 }
 
-/* grad_out (B, S, H, C) -> gradients like query, key and value. 1: no memory. */
-int attention_backward(long batch, long heads, long kv_heads, long seq, long width, const bf16 *query, const bf16 *key,
-                       const bf16 *value, const bf16 *bias, const float *log_sum_exp, const bf16 *grad_out,
-                       bf16 *restrict grad_query, bf16 *restrict grad_key, bf16 *restrict grad_value) {
-    const long s = padded(seq), c = padded(width), group = heads / kv_heads;
-    const float scale = 1.0f / sqrtf((float)width);
+/* out (B, S, H, W), log_sum_exp (B, H, S). 1: no memory. */
+int attention_forward(long batch, long heads, long kv_heads, long seq, long width, long value_width, float divisor,
+                      const bf16 *query, const bf16 *key, const bf16 *value, const bf16 *bias, bf16 *restrict out,
+                      float *restrict log_sum_exp) {
+    const long s = padded(seq), c = padded(width), w = padded(value_width), group = heads / kv_heads;
+    const float scale = 1.0f / divisor;
     Scratch scratch = {0};
-    bf16 *room = take(&scratch, s * c, sizeof(bf16));
+    bf16 *room = take(&scratch, s * larger(c, w), sizeof(bf16)), *rows = take(&scratch, BLOCK * c, sizeof(bf16));
+    bf16 *exponentials = take(&scratch, BLOCK * s, sizeof(bf16));
+    uint32_t *key_back = take(&scratch, s * c / 2, sizeof(uint32_t)); /* of the transpose */
+    uint32_t *value_pairs = take(&scratch, s * w / 2, sizeof(uint32_t));
+    float *scores = take(&scratch, BLOCK * s, sizeof(float)), *result = take(&scratch, BLOCK * w, sizeof(float));
+    float sums[BLOCK]; /* of the exponentials of each query */
+    if (scratch.failed) return release(&scratch), 1;
+
+    Tiles key_turned, value_tiles;
+    tiles_begin();
+    for (long head = 0; head < batch * heads; head++) {
+        const long sequence = head / heads, kv_head = head / group;
+        if (head % group == 0) {
+            key_turned = padded_tiles_of_transpose(seq, width, key + kv_head * seq * width, room, key_back);
+            value_tiles = padded_tiles(seq, value_width, value + kv_head * seq * value_width, room, value_pairs);
+        }
+        for (long start = 0; start < seq; start += BLOCK) {
+            const Queries block = queries_from(start, seq);
+            pad(block.count, width, query + (head * seq + start) * width, width, rows);
+            multiply(BLOCK, block.end, c, rows, c, key_turned, scores, block.end, 0);
+            for (long i = 0; i < block.count; i++) {
+                float *score = scores + i * block.end;
+                const float max = scores_row(block, scale, bias + (sequence * seq + start + i) * seq, score);
+                sums[i] = exponential_row(block.end, score, max, exponentials + i * block.end);
+                log_sum_exp[head * seq + start + i] = max + logf(sums[i]);
+            }
+            multiply(BLOCK, w, block.end, exponentials, block.end, value_tiles, result, w, 0);
+            for (long i = 0; i < block.count; i++)
+                narrow_row(value_width, 1.0f / sums[i], result + i * w,
+                           out + ((sequence * seq + start + i) * heads + head % heads) * value_width);
+        }
+    }
+    tiles_end();
+    return release(&scratch), 0;
+}
+
+/* grad_out (B, S, H, W) -> gradients like query, key and value. 1: no memory. */
+int attention_backward(long batch, long heads, long kv_heads, long seq, long width, long value_width, float divisor,
+                       const bf16 *query, const bf16 *key, const bf16 *value, const bf16 *bias,
+                       const float *log_sum_exp, const bf16 *grad_out, bf16 *restrict grad_query,
+                       bf16 *restrict grad_key, bf16 *restrict grad_value) {
+    const long s = padded(seq), c = padded(width), w = padded(value_width), group = heads / kv_heads;
+    const float scale = 1.0f / divisor;
+    Scratch scratch = {0};
+    bf16 *room = take(&scratch, s * larger(c, w), sizeof(bf16));
     uint32_t *key_back = take(&scratch, s * c / 2, sizeof(uint32_t)); /* of the transpose, as value_back */
-    uint32_t *value_back = take(&scratch, s * c / 2, sizeof(uint32_t));
+    uint32_t *value_back = take(&scratch, s * w / 2, sizeof(uint32_t));
     uint32_t *key_pairs = take(&scratch, s * c / 2, sizeof(uint32_t));
-    bf16 *rows = take(&scratch, BLOCK * c, sizeof(bf16)), *grad_rows = take(&scratch, BLOCK * c, sizeof(bf16));
-    bf16 *turned = take(&scratch, BLOCK * c, sizeof(bf16));
-    bf16 *narrowed = take(&scratch, 2 * BLOCK * s, sizeof(bf16)), *grad_scores = narrowed + BLOCK * s;
+    bf16 *rows = take(&scratch, BLOCK * c, sizeof(bf16)), *grad_rows = take(&scratch, BLOCK * w, sizeof(bf16));
+    bf16 *turned = take(&scratch, BLOCK * larger(c, w), sizeof(bf16));
+    bf16 *narrowed = take(&scratch, BLOCK * s, sizeof(bf16)), *grad_scores = take(&scratch, BLOCK * s, sizeof(bf16));
     uint32_t *right = take(&scratch, BLOCK * s / 2, sizeof(uint32_t));
     float *scores = take(&scratch, BLOCK * s, sizeof(float)), *products = take(&scratch, BLOCK * s, sizeof(float));
     float *result = take(&scratch, BLOCK * c, sizeof(float));
-    float *sum_key = take(&scratch, c * s, sizeof(float)), *sum_value = take(&scratch, c * s, sizeof(float));
+    float *sum_key = take(&scratch, c * s, sizeof(float)), *sum_value = take(&scratch, w * s, sizeof(float));
     if (scratch.failed) return release(&scratch), 1;
 
     Tiles key_turned, value_turned, key_tiles;
@@ -104,50 +162,40 @@ int attention_backward(long batch, long heads, long kv_heads, long seq, long wid
     for (long head = 0; head < batch * heads; head++) {
         const long sequence = head / heads, kv_head = head / group;
         if (head % group == 0) {
-            pad(seq, width, value + kv_head * seq * width, width, room);
-            value_turned = tiles_of_transpose(s, c, room, value_back);
-            pad(seq, width, key + kv_head * seq * width, width, room);
-            key_turned = tiles_of_transpose(s, c, room, key_back);
+            const bf16 *values = value + kv_head * seq * value_width;
+            value_turned = padded_tiles_of_transpose(seq, value_width, values, room, value_back);
+            key_turned = padded_tiles_of_transpose(seq, width, key + kv_head * seq * width, room, key_back);
             key_tiles = tiles_of(s, c, room, c, key_pairs);
             memset(sum_key, 0, c * s * sizeof(float));
-            memset(sum_value, 0, c * s * sizeof(float));
+            memset(sum_value, 0, w * s * sizeof(float));
         }
         for (long start = 0; start < seq; start += BLOCK) {
-            const long count = seq - start < BLOCK ? seq - start : BLOCK, end = start + BLOCK;
-            const long valid = start + count;
-            pad(count, width, query + (head * seq + start) * width, width, rows);
-            pad(count, width, grad_out + ((sequence * seq + start) * heads + head % heads) * width, heads * width,
+            const Queries block = queries_from(start, seq);
+            const long end = block.end, unused = (BLOCK - block.count) * end;
+            pad(block.count, width, query + (head * seq + start) * width, width, rows);
+            pad(block.count, value_width,
+                grad_out + ((sequence * seq + start) * heads + head % heads) * value_width, heads * value_width,
                 grad_rows);
             multiply(BLOCK, end, c, rows, c, key_turned, scores, end, 0);
-            multiply(BLOCK, end, c, grad_rows, c, value_turned, products, end, 0);
-            for (long i = 0; i < count; i++) {
-                float *score = scores + i * end, *product = products + i * end, dot = 0.0f;
-                const float shift = log_sum_exp[head * seq + start + i];
-                mask_scores(valid, end, scale, bias + (sequence * seq + start + i) * seq, score);
-                for (long j = 0; j < end; j++) {
-                    float p = probability(score[j], shift);
-                    narrowed[i * end + j] = narrow(p);
-                    dot += p * product[j];
-                    score[j] = p;
-                }
-                for (long j = 0; j < end; j++)
-                    grad_scores[i * end + j] = narrow(score[j] * (product[j] - dot) * scale);
-            }
-            memset(narrowed + count * end, 0, (BLOCK - count) * end * sizeof(bf16));
-            memset(grad_scores + count * end, 0, (BLOCK - count) * end * sizeof(bf16));
+            multiply(BLOCK, end, w, grad_rows, w, value_turned, products, end, 0);
+            for (long i = 0; i < block.count; i++)
+                softmax_row_backward(block, scale, bias + (sequence * seq + start + i) * seq,
+                                     log_sum_exp[head * seq + start + i], scores + i * end, products + i * end,
+                                     narrowed + i * end, grad_scores + i * end);
+            memset(narrowed + block.count * end, 0, unused * sizeof(bf16));
+            memset(grad_scores + block.count * end, 0, unused * sizeof(bf16));
 
             multiply(BLOCK, c, end, grad_scores, end, key_tiles, result, c, 0);
-            for (long i = 0; i < count; i++)
-                for (long j = 0; j < width; j++)
-                    grad_query[(head * seq + start + i) * width + j] = narrow(result[i * c + j]);
+            for (long i = 0; i < block.count; i++)
+                narrow_row(width, 1.0f, result + i * c, grad_query + (head * seq + start + i) * width);
             transpose(BLOCK, c, rows, turned, BLOCK);
             multiply(c, end, BLOCK, turned, BLOCK, tiles_of(BLOCK, end, grad_scores, end, right), sum_key, s, 1);
-            transpose(BLOCK, c, grad_rows, turned, BLOCK);
-            multiply(c, end, BLOCK, turned, BLOCK, tiles_of(BLOCK, end, narrowed, end, right), sum_value, s, 1);
+            transpose(BLOCK, w, grad_rows, turned, BLOCK);
+            multiply(w, end, BLOCK, turned, BLOCK, tiles_of(BLOCK, end, narrowed, end, right), sum_value, s, 1);
         }
         if (head % group == group - 1) {
             narrow_transposed(seq, width, sum_key, grad_key + kv_head * seq * width);
-            narrow_transposed(seq, width, sum_value, grad_value + kv_head * seq * width);
+            narrow_transposed(seq, value_width, sum_value, grad_value + kv_head * seq * value_width);
         }
     }
     tiles_end();

@@ -45,19 +45,3 @@ static inline float exponential(float x) {
     memcpy(&power, &bits, sizeof power);
     return p * power;
 }
-
-/* Greatest of n values, compared as integers of the same order: a maximum of floats would stay a scalar loop, because
- * of NaN. A NaN counts as the greatest or the least, by its sign: sums of exponentials are NaN with either. */
-static inline float greatest(long n, const float *values) {
-    int32_t best = INT32_MIN;
-    for (long i = 0; i < n; i++) {
-        int32_t bits;
-        memcpy(&bits, values + i, sizeof bits);
-        bits ^= (bits >> 31) & 0x7fffffff;
-        best = bits > best ? bits : best;
-    }
-    best ^= (best >> 31) & 0x7fffffff;
-    float result;
-    memcpy(&result, &best, sizeof result);
-    return result;
-}

@@ -3,16 +3,16 @@
  * Every function has a definition in plain torch beside its caller, and a test that holds the two together. Compiled by
  * models/native/__init__.py. Loops over a row's elements are written so that the compiler makes vectors of them.
  */
-#include "common.h"
+#include "lanes.h"
 
 /* hidden = weight * silu(gate) * up; pre holds gate and up side by side. No weights: 1. */
 int swiglu_forward(long rows, long width, const bf16 *pre, const bf16 *weights, bf16 *restrict hidden) {
     for (long row = 0; row < rows; row++) {
-        const bf16 *gate = pre + 2 * width * row, *up = gate + width;
-        float weight = weights ? widen(weights[row]) : 1.0f;
-        for (long i = 0; i < width; i++) {
-            float g = widen(gate[i]);
-            hidden[width * row + i] = narrow(weight * widen(up[i]) * g / (1.0f + exponential(-g)));
+        const bf16 *gates = pre + 2 * width * row, *ups = gates + width;
+        const float weight = weights ? widen(weights[row]) : 1.0f;
+        for (long i = 0; i < width; i += LANES) {
+            const Lanes gate = load_bf16(gates + i, width - i, 0.0f), up = load_bf16(ups + i, width - i, 0.0f);
+            store_bf16(hidden + width * row + i, width - i, weight * up * gate * sigmoid_of(gate));
         }
     }
     return 0;
@@ -22,20 +22,22 @@ int swiglu_forward(long rows, long width, const bf16 *pre, const bf16 *weights, 
 int swiglu_backward(long rows, long width, const bf16 *pre, const bf16 *weights, const bf16 *grad,
                     bf16 *restrict hidden, bf16 *restrict grad_pre, bf16 *restrict grad_weights) {
     for (long row = 0; row < rows; row++) {
-        const bf16 *gate = pre + 2 * width * row, *up = gate + width, *g_hidden = grad + width * row;
-        bf16 *grad_gate = grad_pre + 2 * width * row, *grad_up = grad_gate + width;
-        float weight = weights ? widen(weights[row]) : 1.0f, sum = 0.0f;
-#pragma GCC ivdep /* grad_gate and grad_up do not overlap */
-        for (long i = 0; i < width; i++) {
-            float g = widen(gate[i]), u = widen(up[i]), d = widen(g_hidden[i]);
-            float sigmoid = 1.0f / (1.0f + exponential(-g)), silu = g * sigmoid;
-            sum += d * silu * u;
-            d *= weight;
-            hidden[width * row + i] = narrow(weight * silu * u);
-            grad_up[i] = narrow(d * silu);
-            grad_gate[i] = narrow(d * u * (sigmoid + silu * (1.0f - sigmoid)));
+        const bf16 *gates = pre + 2 * width * row, *ups = gates + width, *grads = grad + width * row;
+        bf16 *grad_gates = grad_pre + 2 * width * row, *grad_ups = grad_gates + width;
+        const float weight = weights ? widen(weights[row]) : 1.0f;
+        Lanes sum = all(0.0f);
+#pragma GCC ivdep /* the outputs do not overlap */
+        for (long i = 0; i < width; i += LANES) {
+            const long n = width - i;
+            const Lanes gate = load_bf16(gates + i, n, 0.0f), up = load_bf16(ups + i, n, 0.0f);
+            const Lanes g = load_bf16(grads + i, n, 0.0f), d = g * weight;
+            const Lanes sigmoid = sigmoid_of(gate), silu = gate * sigmoid;
+            sum += g * silu * up;
+            store_bf16(hidden + width * row + i, n, weight * silu * up);
+            store_bf16(grad_ups + i, n, d * silu);
+            store_bf16(grad_gates + i, n, d * up * (sigmoid + silu * (1.0f - sigmoid)));
         }
-        if (grad_weights) grad_weights[row] = narrow(sum);
+        if (grad_weights) grad_weights[row] = narrow(sum_of(sum));
     }
     return 0;
 }
@@ -66,6 +68,44 @@ int rms_norm_backward(long rows, long width, const float *x, const float *weight
         }
         float along = dot * factor * factor * factor / width;
         for (long i = 0; i < width; i++) grad_x[width * row + i] = g[i] * weight[i] * factor - v[i] * along;
+    }
+    return 0;
+}
+
+/* The sum of a residual (rows, width) and a sub-layer's update, and the norm of the sum, in one pass. */
+int add_rms_norm_forward(long rows, long width, float eps, const float *hidden, const bf16 *update,
+                         const float *weight, float *restrict total, float *restrict out, float *restrict inverse) {
+    for (long row = 0; row < rows; row++) {
+        float *v = total + width * row, sum = 0.0f;
+        for (long i = 0; i < width; i++) {
+            v[i] = hidden[width * row + i] + widen(update[width * row + i]);
+            sum += v[i] * v[i];
+        }
+        float factor = 1.0f / sqrtf(sum / width + eps);
+        inverse[row] = factor;
+        for (long i = 0; i < width; i++) out[width * row + i] = v[i] * factor * weight[i];
+    }
+    return 0;
+}
+
+/* Its backward pass: the gradient of the sum, as it is for the residual and in bf16 for the update; grad_total is what
+ * reaches the sum directly. grad_weight must start at 0. */
+int add_rms_norm_backward(long rows, long width, const float *total, const float *weight, const float *inverse,
+                          const float *grad, const float *grad_total, float *restrict grad_hidden,
+                          bf16 *restrict grad_update, float *restrict grad_weight) {
+    for (long row = 0; row < rows; row++) {
+        const float *v = total + width * row, *g = grad + width * row, *direct = grad_total + width * row;
+        float factor = inverse[row], dot = 0.0f;
+        for (long i = 0; i < width; i++) {
+            dot += g[i] * weight[i] * v[i];
+            grad_weight[i] += g[i] * v[i] * factor;
+        }
+        float along = dot * factor * factor * factor / width;
+        for (long i = 0; i < width; i++) {
+            float d = direct[i] + g[i] * weight[i] * factor - v[i] * along;
+            grad_hidden[width * row + i] = d;
+            grad_update[width * row + i] = narrow(d);
+        }
     }
     return 0;
 }
@@ -182,21 +222,5 @@ int split_heads_backward(long batch, long seq, long num_heads, long num_kv, long
     else
         split_backward(width / 2, batch, seq, num_heads, num_kv, width, heads, query_weight, key_weight, cos, sin,
                        inverse, grad_query, grad_key, grad_value, grad_heads, grad_query_weight, grad_key_weight);
-    return 0;
-}
-
-/* The k experts of highest score in each row of scores (rows, experts), highest first; the lower index wins a tie. */
-int top_k(long rows, long experts, long k, const float *scores, int64_t *ids) {
-    for (long row = 0; row < rows; row++) {
-        const float *score = scores + row * experts;
-        int64_t *id = ids + row * k;
-        long found = 0;
-        for (long expert = 0; expert < experts; expert++) {
-            if (found == k && !(score[expert] > score[id[k - 1]])) continue;
-            long place = found < k ? found++ : k - 1;
-            for (; place > 0 && score[expert] > score[id[place - 1]]; place--) id[place] = id[place - 1];
-            id[place] = expert;
-        }
-    }
     return 0;
 }

@@ -6,17 +6,28 @@
  * T tokens, K experts per token, E experts, D model width, F expert width. The master weights are read in fp32 and
  * their gradients written in fp32: no copy of them in bf16 is ever kept.
  */
+#include "lanes.h"
 #include "tiles.h"
 
 enum { ROWS = 128 }; /* of one expert at a time: with its weights they fill half of a 2 MiB second-level cache */
 
 /* Pairs (token, k) in the order of their experts: pairs[first[e]] to pairs[first[e + 1]] are those of e. */
-static void sort_by_expert(long count, long experts, const int64_t *ids, long *first, int32_t *pairs) {
+typedef struct {
+    long *first;
+    int32_t *pairs;
+} Order;
+
+/* Check `scratch` before using the result. */
+static Order sort_by_expert(Scratch *scratch, long count, long experts, const int64_t *ids) {
+    long *first = take(scratch, experts + 1, sizeof(long));
+    int32_t *pairs = take(scratch, count, sizeof(int32_t));
+    if (scratch->failed) return (Order){NULL, NULL};
     for (long i = 0; i < count; i++) first[ids[i] + 1]++;
     for (long e = 0; e < experts; e++) first[e + 1] += first[e];
     for (long i = 0; i < count; i++) pairs[first[ids[i]]++] = (int32_t)i;
     for (long e = experts; e > 0; e--) first[e] = first[e - 1];
     first[0] = 0;
+    return (Order){first, pairs};
 }
 
 /* Rows of source (T, D) for `count` pairs; the rest up to a multiple of BLOCK is zero. Returns the padded count. */
@@ -37,14 +48,38 @@ static void scatter_add(long count, long top_k, const int32_t *pairs, long width
     }
 }
 
+/* hidden = weight * silu(gate) * up of one row; pre holds gate and up side by side. */
+static inline void swiglu_row(long width, float weight, const float *pre, bf16 *restrict hidden) {
+    for (long j = 0; j < width; j += LANES) {
+        const Lanes gate = load(pre + j, width - j, 0.0f), up = load(pre + width + j, width - j, 0.0f);
+        store_bf16(hidden + j, width - j, weight * up * gate * sigmoid_of(gate));
+    }
+}
+
+/* One row of the backward pass. Returns the gradient of the weight. */
+static inline float swiglu_row_backward(long width, float weight, const float *pre, const float *grad,
+                                        bf16 *restrict hidden, bf16 *restrict grad_pre) {
+    Lanes sum = all(0.0f);
+#pragma GCC ivdep /* the outputs do not overlap */
+    for (long j = 0; j < width; j += LANES) {
+        const long n = width - j;
+        const Lanes gate = load(pre + j, n, 0.0f), up = load(pre + width + j, n, 0.0f), g = load(grad + j, n, 0.0f);
+        const Lanes sigmoid = sigmoid_of(gate), silu = gate * sigmoid, d = g * weight;
+        sum += g * silu * up;
+        store_bf16(hidden + j, n, weight * silu * up);
+        store_bf16(grad_pre + width + j, n, d * silu);
+        store_bf16(grad_pre + j, n, d * up * (sigmoid + silu * (1.0f - sigmoid)));
+    }
+    return sum_of(sum);
+}
+
 /* x (T, D), ids and weights (T, K), gate_up (E, D, 2F), down (E, F, D); adds to out (T, D). 1: no memory. */
 int experts_forward(long tokens, long top_k, long experts, long width, long hidden_width, const bf16 *x,
                     const int64_t *ids, const float *weights, const float *gate_up, const float *down,
                     float *restrict out) {
     const long d = padded(width), f = padded(hidden_width), g = padded(2 * hidden_width);
     Scratch scratch = {0};
-    long *first = take(&scratch, experts + 1, sizeof(long));
-    int32_t *pairs = take(&scratch, tokens * top_k, sizeof(int32_t));
+    const Order order = sort_by_expert(&scratch, tokens * top_k, experts, ids);
     bf16 *narrowed = take(&scratch, d * g > f * d ? d * g : f * d, sizeof(bf16));
     uint32_t *gate_up_pairs = take(&scratch, d * g / 2, sizeof(uint32_t));
     uint32_t *down_pairs = take(&scratch, f * d / 2, sizeof(uint32_t));
@@ -52,48 +87,27 @@ int experts_forward(long tokens, long top_k, long experts, long width, long hidd
     float *pre = take(&scratch, ROWS * g, sizeof(float)), *result = take(&scratch, ROWS * d, sizeof(float));
     if (scratch.failed) return release(&scratch), 1;
 
-    sort_by_expert(tokens * top_k, experts, ids, first, pairs);
     tiles_begin();
     for (long e = 0; e < experts; e++) {
-        if (first[e] == first[e + 1]) continue;
+        const long begin = order.first[e], end = order.first[e + 1];
+        if (begin == end) continue;
         narrow_matrix(width, 2 * hidden_width, gate_up + e * width * 2 * hidden_width, narrowed);
         const Tiles gate_up_tiles = tiles_of(d, g, narrowed, g, gate_up_pairs);
         narrow_matrix(hidden_width, width, down + e * hidden_width * width, narrowed);
         const Tiles down_tiles = tiles_of(f, d, narrowed, d, down_pairs);
-        for (long start = first[e]; start < first[e + 1]; start += ROWS) {
-            long count = first[e + 1] - start < ROWS ? first[e + 1] - start : ROWS;
-            const int32_t *chunk = pairs + start;
+        for (long start = begin; start < end; start += ROWS) {
+            const long count = end - start < ROWS ? end - start : ROWS;
+            const int32_t *chunk = order.pairs + start;
             long height = gather(count, top_k, chunk, width, x, rows);
             multiply(height, g, d, rows, d, gate_up_tiles, pre, g, 0);
-            for (long i = 0; i < count; i++) {
-                const float *gate = pre + i * g, *up = gate + hidden_width, weight = weights[chunk[i]];
-                for (long j = 0; j < hidden_width; j++)
-                    hidden[i * f + j] = narrow(weight * up[j] * gate[j] / (1.0f + exponential(-gate[j])));
-            }
+            for (long i = 0; i < count; i++)
+                swiglu_row(hidden_width, weights[chunk[i]], pre + i * g, hidden + i * f);
             multiply(height, d, f, hidden, f, down_tiles, result, d, 0);
             scatter_add(count, top_k, chunk, width, result, out);
         }
     }
     tiles_end();
     return release(&scratch), 0;
-}
-
-/* One row of the backward pass through w * silu(gate) * up. Returns the gradient of w. */
-static inline float swiglu_row_backward(long width, float weight, const float *pre, const float *grad,
-                                        bf16 *restrict hidden, bf16 *restrict grad_pre) {
-    const float *gate = pre, *up = pre + width;
-    bf16 *grad_gate = grad_pre, *grad_up = grad_pre + width;
-    float sum = 0.0f;
-#pragma GCC ivdep /* grad_gate and grad_up do not overlap */
-    for (long j = 0; j < width; j++) {
-        float sigmoid = 1.0f / (1.0f + exponential(-gate[j])), silu = gate[j] * sigmoid, d = grad[j];
-        sum += d * silu * up[j];
-        d *= weight;
-        hidden[j] = narrow(weight * silu * up[j]);
-        grad_up[j] = narrow(d * silu);
-        grad_gate[j] = narrow(d * up[j] * (sigmoid + silu * (1.0f - sigmoid)));
-    }
-    return sum;
 }
 
 /* Copy padded sums (.., stride) into a result (rows, columns). */
@@ -110,8 +124,7 @@ int experts_backward(long tokens, long top_k, long experts, long width, long hid
                      float *restrict grad_gate_up, float *restrict grad_down) {
     const long d = padded(width), f = padded(hidden_width), g = padded(2 * hidden_width);
     Scratch scratch = {0};
-    long *first = take(&scratch, experts + 1, sizeof(long));
-    int32_t *pairs = take(&scratch, tokens * top_k, sizeof(int32_t));
+    const Order order = sort_by_expert(&scratch, tokens * top_k, experts, ids);
     bf16 *narrowed = take(&scratch, d * g > f * d ? d * g : f * d, sizeof(bf16));
     uint32_t *gate_up_pairs = take(&scratch, d * g / 2, sizeof(uint32_t));
     uint32_t *gate_up_back = take(&scratch, d * g / 2, sizeof(uint32_t)); /* of the transpose */
@@ -126,11 +139,11 @@ int experts_backward(long tokens, long top_k, long experts, long width, long hid
     float *sum_gate_up = take(&scratch, d * g, sizeof(float)), *sum_down = take(&scratch, f * d, sizeof(float));
     if (scratch.failed) return release(&scratch), 1;
 
-    sort_by_expert(tokens * top_k, experts, ids, first, pairs);
     tiles_begin();
     for (long e = 0; e < experts; e++) {
         float *grad_in = grad_gate_up + e * width * 2 * hidden_width, *grad_out = grad_down + e * hidden_width * width;
-        if (first[e] == first[e + 1]) {
+        const long begin = order.first[e], end = order.first[e + 1];
+        if (begin == end) {
             memset(grad_in, 0, width * 2 * hidden_width * sizeof(float));
             memset(grad_out, 0, hidden_width * width * sizeof(float));
             continue;
@@ -140,9 +153,9 @@ int experts_backward(long tokens, long top_k, long experts, long width, long hid
         const Tiles gate_up_turned = tiles_of_transpose(d, g, narrowed, gate_up_back);
         narrow_matrix(hidden_width, width, down + e * hidden_width * width, narrowed);
         const Tiles down_turned = tiles_of_transpose(f, d, narrowed, down_back);
-        for (long start = first[e]; start < first[e + 1]; start += ROWS) {
-            long count = first[e + 1] - start < ROWS ? first[e + 1] - start : ROWS, more = start > first[e];
-            const int32_t *chunk = pairs + start;
+        for (long start = begin; start < end; start += ROWS) {
+            const long count = end - start < ROWS ? end - start : ROWS, more = start > begin;
+            const int32_t *chunk = order.pairs + start;
             long height = gather(count, top_k, chunk, width, x, rows);
             gather(count, top_k, chunk, width, grad, grad_rows);
             multiply(height, g, d, rows, d, gate_up_tiles, pre, g, 0);

@@ -3,10 +3,11 @@
  *
  * T tokens, D model width, V vocabulary; x (T, D) bf16, weight (V, D) fp32, logits = x weight^T.
  */
+#include "lanes.h"
 #include "tiles.h"
 
-/* A block of logits in fp32, its gradients and the weights of its columns stay in a 2 MiB second-level cache. Its rows lie a little further
- * apart than they are long, so that they fall into different sets of the cache. */
+/* A block of logits in fp32, its gradients and the weights of its columns stay in a 2 MiB second-level cache. Its rows
+ * lie a little further apart than they are long, so that they fall into different sets of the cache. */
 enum { ROWS = 128, COLUMNS = 512, STRIDE = COLUMNS + BLOCK };
 
 /* x (T, D) -> rows (padded T, padded D), which are zero; of tokens with scale 0 nothing is read, so that a broken state
@@ -15,6 +16,19 @@ static void pad_rows(long tokens, long width, const bf16 *x, const float *scale,
     for (long row = 0; row < tokens; row++)
         if (scale == NULL || scale[row] != 0.0f)
             memcpy(rows + row * padded(width), x + row * width, width * sizeof(bf16));
+}
+
+/* The greatest of a row of logits and of `before`. */
+static inline float greatest_of_row(long count, const float *logit, float before) {
+    Lanes max = all(before);
+    for (long j = 0; j < count; j += LANES) max = greater(max, load(logit + j, count - j, -INFINITY));
+    return greatest_of(max);
+}
+
+static inline float sum_of_exponentials(long count, const float *logit, float shift) {
+    Lanes sum = all(0.0f);
+    for (long j = 0; j < count; j += LANES) sum += exponential_of(load(logit + j, count - j, -INFINITY) - shift);
+    return sum_of(sum);
 }
 
 /* logsumexp (T) and the logit of the target (T) of every token. 1: no memory. */
@@ -39,11 +53,9 @@ int head_forward(long tokens, long width, long vocabulary, const bf16 *x, const 
             long count = tokens - start < ROWS ? tokens - start : ROWS;
             multiply(padded(count), n, d, rows + start * d, d, weight_turned, logits, STRIDE, 0);
             for (long i = 0; i < count; i++) {
-                const float *logit = logits + i * STRIDE;
-                float old = greatest_so_far[start + i], max = greatest(valid, logit), sum = 0.0f;
-                max = max > old ? max : old;
-                for (long j = 0; j < valid; j++) sum += exponential(logit[j] - max);
-                sums[start + i] = sums[start + i] * exponential(old - max) + sum;
+                const float *logit = logits + i * STRIDE, old = greatest_so_far[start + i];
+                const float max = greatest_of_row(valid, logit, old);
+                sums[start + i] = sums[start + i] * exponential(old - max) + sum_of_exponentials(valid, logit, max);
                 greatest_so_far[start + i] = max;
                 long target = targets[start + i] - column;
                 if (target >= 0 && target < valid) target_logit[start + i] = logit[target];
@@ -86,7 +98,9 @@ int head_backward(long tokens, long width, long vocabulary, const bf16 *x, const
                 const float *logit = logits + i * STRIDE, factor = scale[start + i], shift = log_sum_exp[start + i];
                 bf16 *out = grad + i * STRIDE;
                 if (factor == 0.0f) continue; /* nothing is predicted here */
-                for (long j = 0; j < valid; j++) out[j] = narrow(factor * exponential(logit[j] - shift));
+                for (long j = 0; j < valid; j += LANES)
+                    store_bf16(out + j, LANES,
+                               factor * exponential_of(load(logit + j, valid - j, -INFINITY) - shift));
                 long target = targets[start + i] - column;
                 if (target >= 0 && target < valid)
                     out[target] = narrow(factor * (exponential(logit[target] - shift) - 1.0f));
