@@ -1,0 +1,44 @@
+"""Where the Triton kernels run: the one place that decides it. Nothing here imports Triton."""
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+# Whether Triton can be imported, and whether it will then interpret kernels instead of compiling them.
+INSTALLED = find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") != "0"
+
+# Whether tensors on a CPU go to the kernels. Only tests set it: the interpreter is a thousand times slower than torch.
+interpret_on_cpu = False
+
+# Multiprocessors that the interpreter is taken to have: with more than one, partial sums of programs are exercised.
+INTERPRETED_MULTIPROCESSORS = 3
+
+# Shared memory of one multiprocessor of sm_90 (H100, H200), bytes: CUDA C++ programming guide, compute capabilities.
+SHARED_MEMORY_SM90 = 228 * 1024
+
+
+def can_run(x: Tensor) -> bool:
+    """Whether Triton kernels can work on `x`: Triton is installed and compiles for the GPU that holds `x`.
+
+    Where it interprets, tensors on a GPU are left to torch, and those on a CPU are taken if `interpret_on_cpu` says so.
+    """
+    if x.device.type == "cpu":
+        return INSTALLED and interpret_on_cpu
+    return INSTALLED and x.is_cuda and not INTERPRETED
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU (132 on an H200); fixes the number of partial sums, hence the result to the bit."""
+    if device.type != "cuda":
+        return INTERPRETED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def shared_memory(device: torch.device) -> int:
+    """Shared memory of one multiprocessor, in bytes, for all programs on it together."""
+    if device.type != "cuda":
+        return SHARED_MEMORY_SM90
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
