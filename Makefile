@@ -39,6 +39,9 @@ sweep-plan: $(STAMP) ## print every trial of the default sweep without training 
 sweep-long: $(STAMP) ## about 2 hours: four seeds, every control, learning rates x0.5 and x2
 	@$(BIN)/python -m sweeps.run sweep=long action=run $(ARGS)
 
+ladder: $(STAMP) ## dense, Hash, Switch, GShard, DeepSeekMoE, Engram, OverEncoding and controls at equal FLOPs: half an hour
+	@$(BIN)/python -m sweeps.ladder run $(ARGS)
+
 smoke: $(STAMP) ## the whole path in about 2 minutes; claims nothing
 	@$(BIN)/python -m sweeps.run sweep=smoke data=tiny action=run $(ARGS)
 
@@ -51,12 +54,26 @@ prepare: $(STAMP) ## tokenise the corpus (ARGS="data=datasets data.data_files=[m
 train: $(STAMP) ## train one model (ARGS="model=tiny_engram train.max_steps=200 run_dir=runs/mine")
 	@$(BIN)/python -m train.pretrain $(ARGS)
 
+import: $(STAMP) ## a Hugging Face DeepSeek-V3 or Dots1, or a run without memory, as a start (FROM=hf_folder TO=imports/x ARGS="--engram tiny_engram")
+	@$(BIN)/python -m scripts.import_hf "$(FROM)" "$(TO)" $(ARGS)
+
+continue: $(STAMP) ## train on from an import's or a run's weights (FROM=imports/x ARGS="run_dir=runs/mine train.max_steps=200")
+	@$(BIN)/python -m train.pretrain --config-path "$(FROM)" --config-name config init_from="$(FROM)" init_sha256=null run_dir="$(FROM:%/=%)-continued" $(ARGS)
+
 generate: export ENGRAM_PROMPT = $(value PROMPT)
 generate: $(STAMP) ## continue a text with a trained model (RUN=runs/mine PROMPT='def main(')
 	@$(BIN)/python -m train.generate "$(RUN)" $(ARGS)
 
-bench: $(STAMP) ## training step against Hugging Face and against table size; tables in benchmarks/results
+params: $(STAMP) ## parameters, FLOPs and bytes per device of a preset (MODEL=engram_27b ARGS="--zero 1 --world-size 64")
+	@$(BIN)/python -m scripts.params $(or $(MODEL),tiny) $(ARGS)
+
+bench: $(STAMP) ## training step against Hugging Face, table sizes and dense AdamW; tables in benchmarks/results
 	@$(BIN)/python -m scripts.bench_train $(ARGS)
+	@$(BIN)/python -m scripts.bench_memory $(ARGS)
+
+# Makes no .venv: a machine with a GPU often comes with its own torch and Triton. PYTHON=... says which, or BIN=<folder>.
+bench-gpu: ## check and time the Triton kernels and training steps on a GPU; torch and Triton are enough (ARGS="--quick")
+	@$(or $(if $(filter command environment,$(origin PYTHON)),$(PYTHON)),$(wildcard $(BIN)/python),$(PYTHON)) -m scripts.bench_gpu $(ARGS)
 
 calibrate: $(STAMP) ## simulate the fit: coverage, false-U rate and power
 	@$(BIN)/python -m scripts.calibrate_fit $(ARGS)
@@ -73,4 +90,5 @@ test-slow: $(STAMP) ## the slower tests
 clean: ## remove caches (not data/, not runs/)
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache build *.egg-info; find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup sweep test sweep-plan sweep-long smoke report prepare train generate bench calibrate check format test-slow clean
+.PHONY: help setup sweep test sweep-plan sweep-long ladder smoke report prepare train import continue generate params bench bench-gpu \
+	calibrate check format test-slow clean

@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +76,16 @@ def batches() -> list[Batch]:
     return result
 
 
-def our_step(precision: Precision, rows_per_head: int | None = None) -> Step:
-    """Forward, backward, clipping and AdamW through our engine; with a memory table if `rows_per_head` is given."""
-    cfg = tiny()
+def our_step(precision: Precision, engram: EngramConfig | None = None) -> Step:
+    """Forward, backward, clipping and AdamW through our engine; with Engram modules and their tables if asked."""
+    cfg = replace(tiny(), engram=engram)
     memory = Memory(None, {})
-    if rows_per_head is not None:
-        cfg.engram = EngramConfig(layers=[1], table_size=rows_per_head)
-        hasher = NgramHasher(cfg.engram, torch.arange(VOCAB), pad_id=0)
-        table = LocalTable(num_rows(cfg.engram)[1], cfg.engram.row_dim, 0.02, 0, MemoryOptimConfig(), layer=1)
-        memory = Memory(hasher, {1: table})
+    if engram is not None:
+        tables = {
+            layer: LocalTable(rows, engram.row_dim, cfg.init_std, 0, MemoryOptimConfig(), layer=layer)
+            for layer, rows in num_rows(engram).items()
+        }
+        memory = Memory(NgramHasher(engram, torch.arange(VOCAB), pad_id=0), tables)
     model = build_model(cfg, 0, torch.device("cpu"))
     engine_cfg = EngineConfig(precision=precision, num_threads=torch.get_num_threads())
     engine = Engine(model, dict(memory.tables), OptimConfig(lr=1e-3), engine_cfg, BATCH, torch.device("cpu"))
@@ -210,7 +212,10 @@ def peers(precision: Precision, rounds: int, with_compile: bool) -> list[dict[st
 def table_growth(precision: Precision, rounds: int) -> list[dict[str, Any]]:
     """Whole training step at 1e5, 1e6 and 1e7 rows."""
     heads = EngramConfig().num_hash_heads * 2
-    steps = {f"{rows:.0e} rows": our_step(precision, rows // heads) for rows in (10**5, 10**6, 10**7)}
+    steps = {
+        f"{rows:.0e} rows": our_step(precision, EngramConfig(table_size=rows // heads))
+        for rows in (10**5, 10**6, 10**7)
+    }
     seconds = measure(steps, rounds)
     names = list(steps)
     result = []
