@@ -27,19 +27,27 @@ from tests.tiny import VOCAB_SIZE, TinyMemory, relative_error, tiny_batch, tiny_
 BF16 = 8e-3
 
 
-@pytest.fixture(params=["plain C", *(["matrix unit"] if native.matrix_unit() else [])], autouse=True)
+# What the kernels are compiled without, so that what a lesser processor would run is tested on this one too.
+WITHOUT = {"plain C": ["-mno-amx-tile", "-mno-amx-bf16", "-mno-avx512bf16"]}
+if native.matrix_unit():
+    WITHOUT["unit"] = []
+    if torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported():
+        WITHOUT["dot products"] = ["-mno-amx-tile", "-mno-amx-bf16"]
+
+
+@pytest.fixture(params=WITHOUT, autouse=True)
 def calls(request, monkeypatch, tmp_path_factory):
-    """Every test runs on the unit, where there is one, and on the plain C in its place; gives the kernels called."""
+    """Every test runs on the unit, where there is one, and on what stands in for it; gives the kernels called."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    if request.param == "plain C":
-        path = tmp_path_factory.getbasetemp() / "without_unit.so"
+    if WITHOUT[request.param]:
+        path = tmp_path_factory.getbasetemp() / f"{request.param.replace(' ', '_')}.so"
         if not path.exists():
             sources = [str(source) for source in native.SOURCES]
-            flags = [*native.FLAGS, "-mno-amx-tile", "-mno-amx-bf16", "-mno-avx512bf16"]
+            flags = [*native.FLAGS, *WITHOUT[request.param]]
             subprocess.run(["cc", *flags, *sources, "-o", str(path), "-lm"], check=True)
         library = ctypes.CDLL(str(path))
-        assert library.matrix_unit() == 0
+        assert library.matrix_unit() == (request.param != "plain C")
         monkeypatch.setattr(native, "library", lambda: library)
         monkeypatch.setattr(native, "matrix_unit", lambda: True)  # let the modules take these paths all the same
     called: list[str] = []

@@ -31,7 +31,7 @@ from train.optimizer_state import check_names, moments, refresh_masters
 class Precision(str, Enum):
     """Arithmetic of the forward and backward matmuls; weights, gradients and optimizer state are always fp32."""
 
-    auto = "auto"  # bf16 with a GPU or a processor with bf16 matrix units, else fp32; resolved when a run is planned
+    auto = "auto"  # bf16 with a GPU or a processor that multiplies bf16, else fp32; resolved when a run is planned
     fp32 = "fp32"
     bf16 = "bf16"
 
@@ -90,10 +90,11 @@ class EngineConfig:
 
 
 def resolve_precision(precision: Precision) -> Precision:
-    """`auto` -> bf16 on a GPU or on a CPU with bf16 matrix units (AMX), else fp32."""
+    """`auto` -> bf16 on a GPU or on a CPU that multiplies bf16 (AMX, or dot products of AVX-512), else fp32."""
     if precision is not Precision.auto:
         return precision
-    if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported():
+    cpu_multiplies_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    if torch.cuda.is_available() or cpu_multiplies_bf16:
         return Precision.bf16
     return Precision.fp32
 

@@ -1,8 +1,8 @@
 """Fused CPU kernels in C, compiled once per machine: what torch does in ten passes over memory they do in one.
 
 `elementwise.c` holds norms, activations, rotation and top-k; `streams.c` the residual streams of hyper-connections;
-`experts.c`, `attention.c` and `head.c` whole layers on the processor's matrix unit (AMX), through `tiles.h`. Each
-caller keeps its definition in plain torch, which runs wherever `available` or `matrices_available` says no: on other
+`experts.c`, `attention.c` and `head.c` whole layers on the processor's unit for products of bf16 (AMX, or the dot
+products of AVX-512), through `tiles.h`. Each caller keeps its definition in plain torch, which runs wherever `available` or `matrices_available` says no: on other
 devices, in other types, with several threads (these loops use one), and on machines without a C compiler.
 `docs/log.md` has the time of a training step before and after.
 """
@@ -60,8 +60,9 @@ def use(level: Level) -> None:
         )
     if level is Level.matrices and not matrix_unit():
         raise ValueError(
-            "engine.native_kernels=matrices needs a processor with AMX in bf16, Linux 5.16 and a compiler that knows "
-            "the unit (gcc 11, clang 12); go on where the run was started, or start a new one with "
+            "engine.native_kernels=matrices needs a processor that multiplies bf16: AVX-512 with its bf16 part, or AMX "
+            "and Linux 5.16; and a compiler that knows it (gcc 11, clang 12). Go on where the run was started, or start "
+            "a new one with "
             "engine.native_kernels=elementwise"
         )
     _level = level
@@ -124,7 +125,7 @@ def library() -> ctypes.CDLL | None:
 
 @lru_cache(maxsize=1)
 def matrix_unit() -> bool:
-    """Whether this processor has AMX for bf16, and the kernel of the system lets us use it."""
+    """Whether this processor multiplies bf16, and the kernel of the system lets us use what does it."""
     loaded = library()
     return loaded is not None and loaded["matrix_unit"]() != 0
 

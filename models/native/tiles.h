@@ -1,10 +1,13 @@
-/* Matmuls of bf16 blocks with fp32 sums, on the AMX unit of the processor where it has one.
+/* Matmuls of bf16 blocks with fp32 sums, on the processor's unit for them: AMX, or the dot products of AVX-512.
  *
- * The unit multiplies tiles: A of 16 rows x 32 values, row-major; B of 32 x 16 values in *pairs*, the two values of
- * rows 2k and 2k + 1 side by side; C of 16 x 16 fp32 sums (Intel 64 and IA-32 manual, volume 2, TDPBF16PS). A left
- * operand may lie in memory as it is; a right operand is brought into `Tiles`: one tile of B after the other, all of
- * the first 16 columns first. A tile is then 16 whole cache lines side by side; rows at a distance of a power of two
- * would fall into the same few sets of the cache.
+ * AMX multiplies tiles: A of 16 rows x 32 values, row-major; B of 32 x 16 values in *pairs*, the two values of rows 2k
+ * and 2k + 1 side by side; C of 16 x 16 fp32 sums (Intel 64 and IA-32 manual, volume 2, TDPBF16PS). A left operand may
+ * lie in memory as it is; a right operand is brought into `Tiles`: one tile of B after the other, all of the first 16
+ * columns first. A tile is then 16 whole cache lines side by side; rows at a distance of a power of two would fall
+ * into the same few sets of the cache.
+ *
+ * AVX-512 (AMD since Zen 4, Intel's Cooper Lake) multiplies one pair of A with 16 pairs of B, a cache line of a tile,
+ * and adds to 16 sums (VDPBF16PS): the same layout serves both.
  *
  * All sizes are multiples of BLOCK; callers pad with zeros.
  */
@@ -22,8 +25,11 @@ typedef struct {
 
 static inline long padded(long size) { return (size + BLOCK - 1) / BLOCK * BLOCK; }
 
-#ifdef __AMX_BF16__
+#if defined(__AMX_BF16__) || defined(__AVX512BF16__)
 #include <immintrin.h>
+#endif
+
+#if defined(__AMX_BF16__)
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -76,6 +82,43 @@ static inline void multiply_block(long k, const bf16 *a, long lda, const uint32_
     _tile_stored(1, c + 16, 4 * ldc);
     _tile_stored(2, c + 16 * ldc, 4 * ldc);
     _tile_stored(3, c + 16 * ldc + 16, 4 * ldc);
+}
+
+#elif defined(__AVX512BF16__)
+static void tiles_begin(void) {}
+static void tiles_end(void) {}
+static inline int tiles_allowed(void) { return 1; }
+
+enum { ROWS_AT_ONCE = 8 }; /* 16 of the 32 registers hold their sums: enough to hide the latency of a dot product */
+
+/* c (ROWS_AT_ONCE, 32) = or += a b, all sums in registers. */
+INLINE void multiply_rows(long k, const bf16 *a, long lda, const uint32_t *b, long next, float *c, long ldc,
+                          int accumulate) {
+    __m512 left[ROWS_AT_ONCE], right[ROWS_AT_ONCE];
+    for (long row = 0; row < ROWS_AT_ONCE; row++) {
+        left[row] = accumulate ? _mm512_loadu_ps(c + row * ldc) : _mm512_setzero_ps();
+        right[row] = accumulate ? _mm512_loadu_ps(c + row * ldc + 16) : _mm512_setzero_ps();
+    }
+    for (long i = 0; i < k; i += 2, b += 16) {
+        const __m512bh first = (__m512bh)_mm512_loadu_si512(b), second = (__m512bh)_mm512_loadu_si512(b + next);
+        for (long row = 0; row < ROWS_AT_ONCE; row++) {
+            int32_t both;
+            memcpy(&both, a + row * lda + i, sizeof both);
+            const __m512bh values = (__m512bh)_mm512_set1_epi32(both);
+            left[row] = _mm512_dpbf16_ps(left[row], values, first);
+            right[row] = _mm512_dpbf16_ps(right[row], values, second);
+        }
+    }
+    for (long row = 0; row < ROWS_AT_ONCE; row++) {
+        _mm512_storeu_ps(c + row * ldc, left[row]);
+        _mm512_storeu_ps(c + row * ldc + 16, right[row]);
+    }
+}
+
+static inline void multiply_block(long k, const bf16 *a, long lda, const uint32_t *b, long next, float *c, long ldc,
+                                  int accumulate) {
+    for (long row = 0; row < BLOCK; row += ROWS_AT_ONCE)
+        multiply_rows(k, a + row * lda, lda, b, next, c + row * ldc, ldc, accumulate);
 }
 
 #else
