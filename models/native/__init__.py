@@ -2,9 +2,9 @@
 
 `elementwise.c` holds norms, activations, rotation and top-k; `streams.c` the residual streams of hyper-connections;
 `experts.c`, `attention.c` and `head.c` whole layers on the processor's unit for products of bf16 (AMX, or the dot
-products of AVX-512), through `tiles.h`. Each caller keeps its definition in plain torch, which runs wherever `available` or `matrices_available` says no: on other
-devices, in other types, with several threads (these loops use one), and on machines without a C compiler.
-`docs/log.md` has the time of a training step before and after.
+products of AVX-512), through `tiles.h`. Each caller keeps its definition in plain torch, which runs wherever
+`available` or `matrices_available` says no: on other devices, in other types, with several threads (these loops use
+one), and on machines without a C compiler. `docs/log.md` has the time of a training step before and after.
 """
 
 import ctypes
@@ -61,9 +61,8 @@ def use(level: Level) -> None:
     if level is Level.matrices and not matrix_unit():
         raise ValueError(
             "engine.native_kernels=matrices needs a processor that multiplies bf16: AVX-512 with its bf16 part, or AMX "
-            "and Linux 5.16; and a compiler that knows it (gcc 11, clang 12). Go on where the run was started, or start "
-            "a new one with "
-            "engine.native_kernels=elementwise"
+            "and Linux 5.16; and a compiler that knows it (gcc 11, clang 12); go on where the run was started, or "
+            "start a new one with engine.native_kernels=elementwise"
         )
     _level = level
 
