@@ -68,28 +68,27 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _NativeLinearCrossEntropy(torch.autograd.Function):
-    """Keeps its inputs and one number per token; blocks of logits are computed again in the backward pass."""
+    """Makes the gradients for a loss of 1 where the logits are made, in the forward pass, and keeps these alone."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, with_gradients: bool) -> Tensor:
         x, weight, targets = hidden.to(torch.bfloat16).contiguous(), weight.contiguous(), targets.contiguous()
-        ctx.sizes = (*x.shape, weight.shape[0])  # T, D, V
+        predicted = targets != IGNORE_INDEX
         # A target outside the vocabulary is found in no block: its logit stays NaN, and the loss stops the run.
         log_sum_exp, target_logit = torch.full((2, x.shape[0]), math.nan, dtype=torch.float32)
-        native.call("head_forward", *ctx.sizes, x, weight, targets, log_sum_exp, target_logit)
-        ctx.save_for_backward(x, weight, targets, log_sum_exp)
+        grad_x = torch.empty(x.shape, dtype=torch.float32) if with_gradients else None
+        grad_weight = torch.empty_like(weight) if with_gradients else None
+        inputs = (*x.shape, weight.shape[0], x, weight, targets, predicted.float())  # T, D, V, ...
+        native.call("head", *inputs, log_sum_exp, target_logit, grad_x, grad_weight)
+        ctx.save_for_backward(grad_x, grad_weight)
         ctx.hidden_dtype = hidden.dtype
-        return (log_sum_exp - target_logit).where(targets != IGNORE_INDEX, 0.0).sum()
+        return (log_sum_exp - target_logit).where(predicted, 0.0).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, targets, log_sum_exp = ctx.saved_tensors
-        scale = grads[0] * (targets != IGNORE_INDEX)  # (T,) fp32
-        grad_x, grad_weight = torch.zeros(x.shape, dtype=torch.float32), torch.empty_like(weight)
-        inputs = (x, weight, targets, log_sum_exp, scale)
-        native.call("head_backward", *ctx.sizes, *inputs, grad_x, grad_weight)
-        return grad_x.to(ctx.hidden_dtype), grad_weight, None
+        grad_x, grad_weight = ctx.saved_tensors
+        return (grad_x * grads[0]).to(ctx.hidden_dtype), grad_weight * grads[0], None, None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -104,7 +103,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
         Scalar fp32 sum in nats.
     """
     if weight.dtype == torch.float32 and native.matrices_available(hidden):
-        return _NativeLinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten())
+        with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+        return _NativeLinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), with_gradients)
     if launch.can_run(hidden) and hidden.numel():
         return chunked_cross_entropy(hidden.flatten(0, -2), weight, targets.flatten(), IGNORE_INDEX)
     return cross_entropy(F.linear(hidden, weight), targets)[0]

@@ -159,7 +159,7 @@ def test_dense_swiglu(sizes, calls):
         assert gradient.dtype == leaf.dtype and relative_error(gradient, reference) < BF16
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 3), (5, 24, 61), (133, 40, 701), (260, 32, 1024)])
+@pytest.mark.parametrize("sizes", [(1, 8, 3), (5, 24, 61), (133, 40, 701), (260, 32, 1024), (70, 8, 9000)])
 def test_head_and_loss(sizes):
     tokens, width, vocab = sizes
     torch.manual_seed(0)
@@ -167,7 +167,7 @@ def test_head_and_loss(sizes):
     weight = (torch.randn(vocab, width) * 2 * width**-0.5).bfloat16().float().requires_grad_()
     targets = torch.randint(0, vocab, (tokens,))
     targets[1::3] = IGNORE_INDEX
-    nats = _NativeLinearCrossEntropy.apply(hidden, weight, targets)
+    nats = _NativeLinearCrossEntropy.apply(hidden, weight, targets, True)
     exact = [hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()]
     expected, _ = cross_entropy(F.linear(*exact), targets)
     assert nats.dtype == torch.float32 and relative_error(nats, expected) < 1e-6
@@ -175,14 +175,16 @@ def test_head_and_loss(sizes):
     for gradient, reference in zip(gradients, torch.autograd.grad(expected / 7, exact), strict=True):
         assert relative_error(gradient, reference) < BF16
     assert gradients[0][1::3].count_nonzero() == 0
+    with torch.no_grad():
+        assert torch.equal(_NativeLinearCrossEntropy.apply(hidden, weight, targets, False), nats)
 
 
 def test_a_broken_hidden_state_gives_a_broken_loss_unless_nothing_is_predicted_there():
     hidden = torch.zeros(3, 32)
     hidden[1, 3] = float("nan")
     weight = torch.ones(70, 32, requires_grad=True)
-    assert not torch.isfinite(_NativeLinearCrossEntropy.apply(hidden, weight, torch.tensor([1, 1, 1])))
-    nats = _NativeLinearCrossEntropy.apply(hidden, weight, torch.tensor([1, IGNORE_INDEX, 1]))
+    assert not torch.isfinite(_NativeLinearCrossEntropy.apply(hidden, weight, torch.tensor([1, 1, 1]), False))
+    nats = _NativeLinearCrossEntropy.apply(hidden, weight, torch.tensor([1, IGNORE_INDEX, 1]), True)
     assert float(nats.detach()) == pytest.approx(2 * math.log(70), rel=1e-6)
     nats.backward()
     assert bool(torch.isfinite(weight.grad).all())
@@ -191,7 +193,7 @@ def test_a_broken_hidden_state_gives_a_broken_loss_unless_nothing_is_predicted_t
 @pytest.mark.parametrize("target", [-1, 70, 71, 1000])
 def test_a_target_outside_the_vocabulary_gives_a_broken_loss(target):
     hidden, weight = torch.randn(3, 32), torch.randn(70, 32)
-    assert torch.isnan(_NativeLinearCrossEntropy.apply(hidden, weight, torch.tensor([1, target, 2])))
+    assert torch.isnan(_NativeLinearCrossEntropy.apply(hidden, weight, torch.tensor([1, target, 2]), False))
 
 
 # Batch, query heads, key heads, positions, width of queries and keys, width of values.
@@ -287,9 +289,9 @@ def test_whole_model_gives_the_loss_of_its_logits(calls):
     targets[:, -1] = IGNORE_INDEX
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(token_ids, document_ids).logits
-        assert "head_forward" not in calls
+        assert "head" not in calls
         nats = model(token_ids, document_ids, targets=targets).nats
-    assert "head_forward" in calls
+    assert "head" in calls
     # the kernel's logits are not rounded to bf16, those of the linear layer are
     assert relative_error(nats, cross_entropy(logits, targets)[0]) < 1e-3
 
@@ -311,6 +313,6 @@ def test_activation_checkpointing_changes_nothing():
 
 
 def test_no_memory_is_an_error_of_its_own(monkeypatch):
-    monkeypatch.setattr(native, "library", lambda: {"head_forward": lambda *_: 1})
+    monkeypatch.setattr(native, "library", lambda: {"head": lambda *_: 1})
     with pytest.raises(MemoryError, match="micro-batches"):
-        native.call("head_forward")
+        native.call("head")

@@ -188,9 +188,9 @@ int attention_backward(long batch, long heads, long kv_heads, long seq, long wid
             multiply(BLOCK, c, end, grad_scores, end, key_tiles, result, c, 0);
             for (long i = 0; i < block.count; i++)
                 narrow_row(width, 1.0f, result + i * c, grad_query + (head * seq + start + i) * width);
-            transpose(BLOCK, c, rows, turned, BLOCK);
+            transpose(BLOCK, c, rows, c, turned, BLOCK);
             multiply(c, end, BLOCK, turned, BLOCK, tiles_of(BLOCK, end, grad_scores, end, right), sum_key, s, 1);
-            transpose(BLOCK, w, grad_rows, turned, BLOCK);
+            transpose(BLOCK, w, grad_rows, w, turned, BLOCK);
             multiply(w, end, BLOCK, turned, BLOCK, tiles_of(BLOCK, end, narrowed, end, right), sum_value, s, 1);
         }
         if (head % group == group - 1) {

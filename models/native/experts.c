@@ -167,9 +167,9 @@ int experts_backward(long tokens, long top_k, long experts, long width, long hid
             memset(grad_pre + count * g, 0, (height - count) * g * sizeof(bf16));
             multiply(height, d, g, grad_pre, g, gate_up_turned, result, d, 0);
             scatter_add(count, top_k, chunk, width, result, grad_x);
-            transpose(height, d, rows, turned, height);
+            transpose(height, d, rows, d, turned, height);
             multiply(d, g, height, turned, height, tiles_of(height, g, grad_pre, g, right), sum_gate_up, g, more);
-            transpose(height, f, hidden, turned, height);
+            transpose(height, f, hidden, f, turned, height);
             multiply(f, d, height, turned, height, tiles_of(height, d, grad_rows, d, right), sum_down, d, more);
         }
         unpad(width, 2 * hidden_width, sum_gate_up, g, grad_in);

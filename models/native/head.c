@@ -1,118 +1,113 @@
-/* Output head and cross-entropy in one pass: logits exist only as blocks in the cache, never whole and never rounded.
- * Definition: models/loss.py, `cross_entropy` of the product.
+/* Output head and cross-entropy in one pass: logits exist only for a few tokens at a time, in the cache, and never
+ * rounded. Definition: models/loss.py, `cross_entropy` of the product.
  *
  * T tokens, D model width, V vocabulary; x (T, D) bf16, weight (V, D) fp32, logits = x weight^T.
  */
 #include "lanes.h"
 #include "tiles.h"
 
-/* A block of logits in fp32, its gradients and the weights of its columns stay in a 2 MiB second-level cache. Its rows
- * lie a little further apart than they are long, so that they fall into different sets of the cache. */
-enum { ROWS = 128, COLUMNS = 512, STRIDE = COLUMNS + BLOCK };
+/* Columns of one block: the weights, logits and gradients of a block stay in a second-level cache of 1 MiB. */
+enum { ROWS = 128, COLUMNS = 512, MOST_LOGITS = 1 << 19 };
 
-/* x (T, D) -> rows (padded T, padded D), which are zero; of tokens with scale 0 nothing is read, so that a broken state
- * where nothing is predicted stays without effect. No scale: 1. */
+/* x (T, D) -> rows (padded T, padded D), which are zero. Of tokens with scale 0 nothing is read, so that a broken state
+ * where nothing is predicted stays without effect. */
 static void pad_rows(long tokens, long width, const bf16 *x, const float *scale, bf16 *restrict rows) {
     for (long row = 0; row < tokens; row++)
-        if (scale == NULL || scale[row] != 0.0f)
-            memcpy(rows + row * padded(width), x + row * width, width * sizeof(bf16));
+        if (scale[row] != 0.0f) memcpy(rows + row * padded(width), x + row * width, width * sizeof(bf16));
 }
 
-/* The greatest of a row of logits and of `before`. */
-static inline float greatest_of_row(long count, const float *logit, float before) {
-    Lanes max = all(before);
+/* The greatest of a row of logits. */
+static inline float greatest_of_row(long count, const float *logit) {
+    Lanes max = all(-INFINITY);
     for (long j = 0; j < count; j += LANES) max = greater(max, load(logit + j, count - j, -INFINITY));
     return greatest_of(max);
 }
 
-static inline float sum_of_exponentials(long count, const float *logit, float shift) {
+/* logit -> e^(logit - shift), 0 in the padding. Returns the sum. */
+static inline float exponential_row(long count, float shift, float *restrict logit) {
     Lanes sum = all(0.0f);
-    for (long j = 0; j < count; j += LANES) sum += exponential_of(load(logit + j, count - j, -INFINITY) - shift);
+    for (long j = 0; j < padded(count); j += LANES) {
+        const Lanes e = exponential_of(load(logit + j, count - j, -INFINITY) - shift);
+        store(logit + j, LANES, e);
+        sum += e;
+    }
     return sum_of(sum);
 }
 
-/* logsumexp (T) and the logit of the target (T) of every token. 1: no memory. */
-int head_forward(long tokens, long width, long vocabulary, const bf16 *x, const float *weight, const int64_t *targets,
-                 float *restrict log_sum_exp, float *restrict target_logit) {
-    const long d = padded(width), height = padded(tokens);
-    Scratch scratch = {0};
-    bf16 *rows = take(&scratch, height * d, sizeof(bf16)), *narrowed = take(&scratch, COLUMNS * d, sizeof(bf16));
-    uint32_t *weight_pairs = take(&scratch, COLUMNS * d / 2, sizeof(uint32_t));
-    float *logits = take(&scratch, ROWS * STRIDE, sizeof(float));
-    float *greatest_so_far = take(&scratch, tokens, sizeof(float)), *sums = take(&scratch, tokens, sizeof(float));
-    if (scratch.failed) return release(&scratch), 1;
-
-    pad_rows(tokens, width, x, NULL, rows);
-    for (long row = 0; row < tokens; row++) greatest_so_far[row] = -INFINITY;
-    tiles_begin();
-    for (long column = 0; column < vocabulary; column += COLUMNS) {
-        long valid = vocabulary - column < COLUMNS ? vocabulary - column : COLUMNS, n = padded(valid);
-        narrow_matrix(valid, width, weight + column * width, narrowed);
-        const Tiles weight_turned = tiles_of_transpose(n, d, narrowed, weight_pairs);
-        for (long start = 0; start < tokens; start += ROWS) {
-            long count = tokens - start < ROWS ? tokens - start : ROWS;
-            multiply(padded(count), n, d, rows + start * d, d, weight_turned, logits, STRIDE, 0);
-            for (long i = 0; i < count; i++) {
-                const float *logit = logits + i * STRIDE, old = greatest_so_far[start + i];
-                const float max = greatest_of_row(valid, logit, old);
-                sums[start + i] = sums[start + i] * exponential(old - max) + sum_of_exponentials(valid, logit, max);
-                greatest_so_far[start + i] = max;
-                long target = targets[start + i] - column;
-                if (target >= 0 && target < valid) target_logit[start + i] = logit[target];
-            }
-        }
-    }
-    tiles_end();
-    for (long row = 0; row < tokens; row++) log_sum_exp[row] = greatest_so_far[row] + logf(sums[row]);
-    return release(&scratch), 0;
+/* Tokens whose logits are there at once: as many as keep these within 2 MiB. */
+static inline long tokens_at_once(long columns) {
+    const long rows = MOST_LOGITS / columns / BLOCK * BLOCK;
+    return rows < BLOCK ? BLOCK : rows > ROWS ? ROWS : rows;
 }
 
-/* Gradients of sum over t of scale_t (logsumexp_t - target logit_t): adds to grad_x (T, D), writes grad_weight (V, D).
- * The logits are computed again: cheaper than keeping T x V of them. 1: no memory. */
-int head_backward(long tokens, long width, long vocabulary, const bf16 *x, const float *weight, const int64_t *targets,
-                  const float *log_sum_exp, const float *scale, float *restrict grad_x, float *restrict grad_weight) {
-    const long d = padded(width), height = padded(tokens);
+static inline long smaller(long a, long b) { return a < b ? a : b; }
+
+/* Logsumexp (T) and the logit of the target (T) of every token; and, unless grad_x is NULL, the gradients of the sum
+ * over t of scale_t (logsumexp_t - target logit_t): writes grad_x (T, D) and grad_weight (V, D). They are made here, and
+ * not when the backward pass asks for them, because the logits are here. 1: no memory. */
+int head(long tokens, long width, long vocabulary, const bf16 *x, const float *weight, const int64_t *targets,
+         const float *scale, float *restrict log_sum_exp, float *restrict target_logit, float *restrict grad_x,
+         float *restrict grad_weight) {
+    const long d = padded(width), v = padded(vocabulary), height = padded(tokens), rows = tokens_at_once(v);
+    const long stride = v + BLOCK; /* rows at a distance of a power of two would fall into the same sets of the cache */
+    const long grad = grad_x != NULL;
     Scratch scratch = {0};
-    bf16 *rows = take(&scratch, height * d, sizeof(bf16)), *turned = take(&scratch, height * d, sizeof(bf16));
-    bf16 *narrowed = take(&scratch, COLUMNS * d, sizeof(bf16)), *grad = take(&scratch, ROWS * STRIDE, sizeof(bf16));
-    uint32_t *weight_pairs = take(&scratch, COLUMNS * d / 2, sizeof(uint32_t));
-    uint32_t *weight_back = take(&scratch, COLUMNS * d / 2, sizeof(uint32_t)); /* of the transpose */
-    uint32_t *right = take(&scratch, ROWS * COLUMNS / 2, sizeof(uint32_t));
-    float *logits = take(&scratch, ROWS * STRIDE, sizeof(float));
-    float *grad_rows = take(&scratch, height * d, sizeof(float)), *sum = take(&scratch, d * STRIDE, sizeof(float));
+    bf16 *x_rows = take(&scratch, height * d, sizeof(bf16)), *narrowed = take(&scratch, COLUMNS * d, sizeof(bf16));
+    uint32_t *turned_pairs = take(&scratch, v * d / 2, sizeof(uint32_t)); /* of the transpose of the weights */
+    uint32_t *weight_pairs = take(&scratch, grad * v * d / 2, sizeof(uint32_t));
+    float *logits = take(&scratch, rows * stride, sizeof(float)), *sums = take(&scratch, rows, sizeof(float));
+    bf16 *grads = take(&scratch, grad * rows * COLUMNS, sizeof(bf16));
+    bf16 *grads_turned = take(&scratch, grad * rows * COLUMNS, sizeof(bf16));
+    uint32_t *x_pairs = take(&scratch, grad * rows * d / 2, sizeof(uint32_t));
+    float *sum_x = take(&scratch, grad * rows * d, sizeof(float));
+    float *sum_weight = take(&scratch, grad * v * d, sizeof(float));
     if (scratch.failed) return release(&scratch), 1;
 
-    pad_rows(tokens, width, x, scale, rows);
-    transpose(height, d, rows, turned, height);
-    tiles_begin();
+    pad_rows(tokens, width, x, scale, x_rows);
     for (long column = 0; column < vocabulary; column += COLUMNS) {
-        long valid = vocabulary - column < COLUMNS ? vocabulary - column : COLUMNS, n = padded(valid);
-        narrow_matrix(valid, width, weight + column * width, narrowed);
-        const Tiles weight_turned = tiles_of_transpose(n, d, narrowed, weight_pairs);
-        const Tiles weight_tiles = tiles_of(n, d, narrowed, d, weight_back);
-        for (long start = 0; start < tokens; start += ROWS) {
-            long count = tokens - start < ROWS ? tokens - start : ROWS, m = padded(count);
-            multiply(m, n, d, rows + start * d, d, weight_turned, logits, STRIDE, 0);
-            memset(grad, 0, m * STRIDE * sizeof(bf16));
-            for (long i = 0; i < count; i++) {
-                const float *logit = logits + i * STRIDE, factor = scale[start + i], shift = log_sum_exp[start + i];
-                bf16 *out = grad + i * STRIDE;
-                if (factor == 0.0f) continue; /* nothing is predicted here */
-                for (long j = 0; j < valid; j += LANES)
-                    store_bf16(out + j, LANES,
-                               factor * exponential_of(load(logit + j, valid - j, -INFINITY) - shift));
-                long target = targets[start + i] - column;
-                if (target >= 0 && target < valid)
-                    out[target] = narrow(factor * (exponential(logit[target] - shift) - 1.0f));
-            }
-            multiply(m, d, n, grad, STRIDE, weight_tiles, grad_rows + start * d, d, column > 0);
-            multiply(d, n, m, turned + start, height, tiles_of(m, n, grad, STRIDE, right), sum, STRIDE, start > 0);
+        const long n = smaller(COLUMNS, v - column);
+        narrow_matrix(smaller(COLUMNS, vocabulary - column), width, weight + column * width, narrowed);
+        tiles_of_transpose(n, d, narrowed, turned_pairs + column * d / 2);
+        if (grad) tiles_of(n, d, narrowed, d, weight_pairs + column * d / 2);
+    }
+    tiles_begin();
+    for (long start = 0; start < tokens; start += rows) {
+        const long count = smaller(rows, tokens - start), m = padded(count);
+        const bf16 *chunk = x_rows + start * d;
+        multiply(m, v, d, chunk, d, (Tiles){turned_pairs, d / BLOCK}, logits, stride, 0);
+        for (long i = 0; i < count; i++) {
+            float *logit = logits + i * stride;
+            const int64_t target = targets[start + i];
+            const float max = greatest_of_row(vocabulary, logit);
+            if (target >= 0 && target < vocabulary) target_logit[start + i] = logit[target];
+            sums[i] = exponential_row(vocabulary, max, logit);
+            log_sum_exp[start + i] = max + logf(sums[i]);
         }
-        for (long j = 0; j < valid; j++)
-            for (long i = 0; i < width; i++) grad_weight[(column + j) * width + i] = sum[i * STRIDE + j];
+        if (!grad) continue;
+        const Tiles x_tiles = tiles_of(m, d, chunk, d, x_pairs);
+        for (long column = 0; column < v; column += COLUMNS) {
+            const long n = smaller(COLUMNS, v - column);
+            memset(grads + count * n, 0, (m - count) * n * sizeof(bf16));
+            for (long i = 0; i < count; i++) {
+                const float *e = logits + i * stride + column, factor = scale[start + i];
+                const int64_t target = targets[start + i] - column;
+                if (factor == 0.0f) { /* nothing is predicted here, and e may hold anything */
+                    memset(grads + i * n, 0, n * sizeof(bf16));
+                    continue;
+                }
+                for (long j = 0; j < n; j += LANES)
+                    store_bf16(grads + i * n + j, LANES, load(e + j, LANES, 0.0f) * (factor / sums[i]));
+                if (target >= 0 && target < n) grads[i * n + target] = narrow(factor * (e[target] / sums[i] - 1.0f));
+            }
+            multiply(m, d, n, grads, n, (Tiles){weight_pairs + column * d / 2, n / BLOCK}, sum_x, d, column > 0);
+            transpose(m, n, grads, n, grads_turned, m);
+            multiply(n, d, m, grads_turned, m, x_tiles, sum_weight + column * d, d, start > 0);
+        }
+        for (long i = 0; i < count; i++)
+            memcpy(grad_x + (start + i) * width, sum_x + i * d, width * sizeof(float));
     }
     tiles_end();
-    for (long row = 0; row < tokens; row++)
-        for (long i = 0; i < width; i++) grad_x[row * width + i] += grad_rows[row * d + i];
+    for (long row = 0; grad && row < vocabulary; row++)
+        memcpy(grad_weight + row * width, sum_weight + row * d, width * sizeof(float));
     return release(&scratch), 0;
 }

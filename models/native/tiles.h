@@ -153,36 +153,98 @@ static void multiply(long m, long n, long k, const bf16 *a, long lda, Tiles b, f
 /* Two bf16 values as they lie side by side in memory. */
 static inline uint32_t pair(bf16 first, bf16 second) { return first | (uint32_t)second << 16; }
 
+#ifdef __AVX512BF16__
+/* Pairs of 16 values of two rows. */
+static inline __m512i pairs_of_rows(const bf16 *first, const bf16 *second) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)first));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)second));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+/* Sixteen rows of sixteen pairs -> their transpose: within lanes of 128 bits first, then the lanes. */
+INLINE void turn(__m512i rows[16]) {
+    __m512i half[16];
+    for (int i = 0; i < 16; i += 2) {
+        half[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        half[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            rows[i + 2 * j] = _mm512_unpacklo_epi64(half[i + j], half[i + j + 2]);
+            rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(half[i + j], half[i + j + 2]);
+        }
+    for (int i = 0; i < 4; i++) { /* lane l of rows[4 g + i] holds column 4 l + i of the rows 4 g to 4 g + 3 */
+        half[i] = _mm512_shuffle_i32x4(rows[i], rows[4 + i], 0x88);
+        half[4 + i] = _mm512_shuffle_i32x4(rows[i], rows[4 + i], 0xdd);
+        half[8 + i] = _mm512_shuffle_i32x4(rows[8 + i], rows[12 + i], 0x88);
+        half[12 + i] = _mm512_shuffle_i32x4(rows[8 + i], rows[12 + i], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        rows[i] = _mm512_shuffle_i32x4(half[i], half[8 + i], 0x88);
+        rows[8 + i] = _mm512_shuffle_i32x4(half[i], half[8 + i], 0xdd);
+        rows[4 + i] = _mm512_shuffle_i32x4(half[4 + i], half[12 + i], 0x88);
+        rows[12 + i] = _mm512_shuffle_i32x4(half[4 + i], half[12 + i], 0xdd);
+    }
+}
+#endif
+
 /* The right operand b = source (rows, columns), whose rows are `stride` values apart. */
 static inline Tiles tiles_of(long rows, long columns, const bf16 *source, long stride, uint32_t *restrict pairs) {
     for (long row = 0; row < rows; row += 2) {
         const bf16 *first = source + row * stride, *second = first + stride;
         uint32_t *to = pairs + row / 32 * TILE_PAIRS + row % 32 / 2 * 16;
         for (long column = 0; column < columns; column += 16, to += rows / 32 * TILE_PAIRS)
+#ifdef __AVX512BF16__
+            _mm512_storeu_si512(to, pairs_of_rows(first + column, second + column));
+#else
             for (long i = 0; i < 16; i++) to[i] = pair(first[column + i], second[column + i]);
+#endif
     }
     return (Tiles){pairs, rows / 32};
 }
 
 /* The right operand b = source^T (columns, rows), of source (rows, columns). */
 static inline Tiles tiles_of_transpose(long rows, long columns, const bf16 *source, uint32_t *restrict pairs) {
+#ifdef __AVX512BF16__
+    for (long row = 0; row < rows; row += 16)
+        for (long i = 0; i < columns; i += BLOCK) {
+            uint32_t *to = pairs + (row / 16 * (columns / BLOCK) + i / BLOCK) * TILE_PAIRS;
+            __m512i words[16];
+            for (int j = 0; j < 16; j++) words[j] = _mm512_loadu_si512(source + (row + j) * columns + i);
+            turn(words);
+            for (int j = 0; j < 16; j++) _mm512_storeu_si512(to + j * 16, words[j]);
+        }
+#else
     for (long row = 0; row < rows; row++) {
         const bf16 *values = source + row * columns;
-        uint32_t *to = pairs + row / 16 * (columns / 32) * TILE_PAIRS + row % 16;
+        uint32_t *to = pairs + row / 16 * (columns / BLOCK) * TILE_PAIRS + row % 16;
         for (long i = 0; i < columns / 2; i++) to[i * 16] = pair(values[2 * i], values[2 * i + 1]);
     }
-    return (Tiles){pairs, columns / 32};
+#endif
+    return (Tiles){pairs, columns / BLOCK};
 }
 
-/* source (rows, columns) -> its transpose (columns, rows), row-major with `stride` values in a row; rows even. */
-static void transpose(long rows, long columns, const bf16 *source, bf16 *restrict result, long stride) {
+/* source (rows, columns), its rows `from` values apart -> its transpose (columns, rows), row-major with `to` values in
+ * a row. */
+static inline void transpose(long rows, long columns, const bf16 *source, long from, bf16 *restrict result, long to) {
+#ifdef __AVX512BF16__
+    for (long row = 0; row < rows; row += BLOCK)
+        for (long column = 0; column < columns; column += 16) {
+            const bf16 *block = source + row * from + column;
+            __m512i words[16];
+            for (int j = 0; j < 16; j++, block += 2 * from) words[j] = pairs_of_rows(block, block + from);
+            turn(words);
+            for (int j = 0; j < 16; j++) _mm512_storeu_si512(result + (column + j) * to + row, words[j]);
+        }
+#else
     for (long row = 0; row < rows; row += 2) {
-        const bf16 *first = source + row * columns, *second = first + columns;
+        const bf16 *first = source + row * from, *second = first + from;
         for (long i = 0; i < columns; i++) {
             uint32_t both = pair(first[i], second[i]);
-            memcpy(result + i * stride + row, &both, sizeof both);
+            memcpy(result + i * to + row, &both, sizeof both);
         }
     }
+#endif
 }
 
 /* fp32 source (rows, columns) -> bf16 (padded rows, padded columns), zeros around it. */
@@ -205,7 +267,7 @@ typedef struct {
 
 /* Zeroed, aligned to a cache line. Where the machine has no memory left: NULL, and `failed` is set. */
 static void *take(Scratch *scratch, size_t count, size_t size) {
-    size_t bytes = (count * size + 63) / 64 * 64;
+    size_t bytes = count * size / 64 * 64 + 64;
     void *block = scratch->count < MOST_BLOCKS ? aligned_alloc(64, bytes) : NULL;
     if (block == NULL) return scratch->failed = 1, NULL;
     scratch->blocks[scratch->count++] = block;
