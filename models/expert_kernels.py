@@ -160,7 +160,7 @@ def swiglu_padded(
 
 
 class _SwigluNative(torch.autograd.Function):
-    """Keeps only its inputs; the backward pass computes the hidden layers again."""
+    """Keeps its inputs, and gate and up of every (token, expert) in bf16."""
 
     @staticmethod
     def forward(
@@ -169,8 +169,9 @@ class _SwigluNative(torch.autograd.Function):
         inputs = (x.contiguous(), expert_ids.contiguous(), weights.contiguous(), gate_up, down)
         ctx.sizes = (*weights.shape, *down.shape[:1], *x.shape[1:], *down.shape[1:2])  # T, K, E, D, F
         out = torch.zeros(x.shape, dtype=torch.float32)
-        native.call("experts_forward", *ctx.sizes, *inputs, out)
-        saved: tuple[Tensor, ...] = inputs
+        pre = x.new_empty(weights.numel(), gate_up.shape[2], dtype=torch.bfloat16)  # (T K, 2F), in order of the experts
+        native.call("experts_forward", *ctx.sizes, *inputs, out, pre)
+        saved: tuple[Tensor, ...] = (*inputs, pre)
         if shared:
             swiglu = NativeSwiGLU.of(x.shape[0], *shared)
             swiglu.add_to(out, inputs[0])
@@ -181,12 +182,12 @@ class _SwigluNative(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, expert_ids, weights, gate_up, down, *shared = ctx.saved_tensors
+        x, expert_ids, weights, gate_up, down, pre, *shared = ctx.saved_tensors
         grad = grads[0].to(x.dtype).contiguous()
         grad_x = torch.zeros(x.shape, dtype=torch.float32)
         results = [torch.empty_like(tensor) for tensor in (weights, gate_up, down)]
         native.call(
-            "experts_backward", *ctx.sizes, x, expert_ids, weights, gate_up, down, grad, grad_x, *results
+            "experts_backward", *ctx.sizes, x, expert_ids, weights, gate_up, down, pre, grad, grad_x, *results
         )  # fmt: skip
         gradients = NativeSwiGLU(*shared).add_gradients_to(grad_x, x, grad) if shared else ()
         return grad_x.to(x.dtype), None, *results, *gradients

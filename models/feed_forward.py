@@ -84,16 +84,18 @@ class NativeSwiGLU(NamedTuple):
     weights: Tensor  # (T, 1) fp32, 1
     gate_up: Tensor  # (D, 2F) fp32: the kernel takes (inputs, outputs), torch's linear layers hold (outputs, inputs)
     down: Tensor  # (F, D) fp32
+    pre: Tensor  # (T, 2F) bf16: gate and up of every token, once `add_to` has run
 
     @classmethod
     def of(cls, num_tokens: int, gate_up: Tensor, down: Tensor) -> "NativeSwiGLU":
         """Args: gate_up (2F, D), down (D, F) as `SwiGLU` holds them."""
         ids, ones = torch.zeros(num_tokens, 1, dtype=torch.int64), torch.ones(num_tokens, 1)
-        return cls(ids, ones, gate_up.t().contiguous(), down.t().contiguous())
+        pre = gate_up.new_empty(num_tokens, len(gate_up), dtype=torch.bfloat16)
+        return cls(ids, ones, gate_up.t().contiguous(), down.t().contiguous(), pre)
 
     def add_to(self, out: Tensor, x: Tensor) -> None:
         """Adds swiglu(x) to out: (T, D) fp32, of x (T, D) bf16."""
-        native.call("experts_forward", *self._sizes(x), x, *self, out)
+        native.call("experts_forward", *self._sizes(x), x, *self[:4], out, self.pre)
 
     def add_gradients_to(self, grad_x: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Adds to grad_x (T, D) fp32, given the output's gradient in bf16; returns those of gate_up and down."""
@@ -106,7 +108,7 @@ class NativeSwiGLU(NamedTuple):
 
 
 class _SwiGLUFunction(torch.autograd.Function):
-    """The native path of `SwiGLU`; the backward pass computes the hidden layer again."""
+    """The native path of `SwiGLU`; keeps gate and up, in bf16, for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -6,17 +6,9 @@
  * value. query (B, H, S, C), key (B, H_kv, S, C), value (B, H_kv, S, W), bias (B, S, S) causal: keys after the last
  * query of a block are left out.
  */
-#include "lanes.h"
 #include "tiles.h"
 
 static inline long larger(long a, long b) { return a > b ? a : b; }
-
-/* source (count, columns), its rows `stride` apart -> result (padded count, padded columns), zeros around it. */
-static void pad(long count, long columns, const bf16 *source, long stride, bf16 *restrict result) {
-    memset(result, 0, padded(count) * padded(columns) * sizeof(bf16));
-    for (long row = 0; row < count; row++)
-        memcpy(result + row * padded(columns), source + row * stride, columns * sizeof(bf16));
-}
 
 /* The same as a right operand; `room` holds the padded rows. */
 static Tiles padded_tiles(long count, long columns, const bf16 *source, bf16 *room, uint32_t *restrict pairs) {
@@ -81,18 +73,6 @@ static inline void softmax_row_backward(Queries block, float scale, const bf16 *
                    load(score + j, LANES, 0.0f) * (load(grad + j, LANES, 0.0f) - mean) * scale);
 }
 
-/* factor * sums -> bf16. */
-static inline void narrow_row(long columns, float factor, const float *sums, bf16 *restrict result) {
-    for (long i = 0; i < columns; i += LANES)
-        store_bf16(result + i, columns - i, factor * load(sums + i, columns - i, 0.0f));
-}
-
-/* Sums (C, S) of a transposed gradient -> bf16 (S, C). */
-static void narrow_transposed(long seq, long width, const float *sums, bf16 *restrict result) {
-    for (long row = 0; row < seq; row++)
-        for (long i = 0; i < width; i++) result[row * width + i] = narrow(sums[i * padded(seq) + row]);
-}
-
 /* out (B, S, H, W), log_sum_exp (B, H, S). 1: no memory. */
 int attention_forward(long batch, long heads, long kv_heads, long seq, long width, long value_width, float divisor,
                       const bf16 *query, const bf16 *key, const bf16 *value, const bf16 *bias, bf16 *restrict out,
@@ -149,9 +129,9 @@ int attention_backward(long batch, long heads, long kv_heads, long seq, long wid
     uint32_t *value_back = take(&scratch, s * w / 2, sizeof(uint32_t));
     uint32_t *key_pairs = take(&scratch, s * c / 2, sizeof(uint32_t));
     bf16 *rows = take(&scratch, BLOCK * c, sizeof(bf16)), *grad_rows = take(&scratch, BLOCK * w, sizeof(bf16));
-    bf16 *turned = take(&scratch, BLOCK * larger(c, w), sizeof(bf16));
+    bf16 *turned = take(&scratch, BLOCK * s, sizeof(bf16));
     bf16 *narrowed = take(&scratch, BLOCK * s, sizeof(bf16)), *grad_scores = take(&scratch, BLOCK * s, sizeof(bf16));
-    uint32_t *right = take(&scratch, BLOCK * s / 2, sizeof(uint32_t));
+    uint32_t *right = take(&scratch, BLOCK * larger(c, w) / 2, sizeof(uint32_t));
     float *scores = take(&scratch, BLOCK * s, sizeof(float)), *products = take(&scratch, BLOCK * s, sizeof(float));
     float *result = take(&scratch, BLOCK * c, sizeof(float));
     float *sum_key = take(&scratch, c * s, sizeof(float)), *sum_value = take(&scratch, w * s, sizeof(float));
@@ -188,14 +168,16 @@ int attention_backward(long batch, long heads, long kv_heads, long seq, long wid
             multiply(BLOCK, c, end, grad_scores, end, key_tiles, result, c, 0);
             for (long i = 0; i < block.count; i++)
                 narrow_row(width, 1.0f, result + i * c, grad_query + (head * seq + start + i) * width);
-            transpose(BLOCK, c, rows, c, turned, BLOCK);
-            multiply(c, end, BLOCK, turned, BLOCK, tiles_of(BLOCK, end, grad_scores, end, right), sum_key, s, 1);
-            transpose(BLOCK, w, grad_rows, w, turned, BLOCK);
-            multiply(w, end, BLOCK, turned, BLOCK, tiles_of(BLOCK, end, narrowed, end, right), sum_value, s, 1);
+            transpose(BLOCK, end, grad_scores, end, turned, BLOCK);
+            multiply(end, c, BLOCK, turned, BLOCK, tiles_of(BLOCK, c, rows, c, right), sum_key, c, 1);
+            transpose(BLOCK, end, narrowed, end, turned, BLOCK);
+            multiply(end, w, BLOCK, turned, BLOCK, tiles_of(BLOCK, w, grad_rows, w, right), sum_value, w, 1);
         }
         if (head % group == group - 1) {
-            narrow_transposed(seq, width, sum_key, grad_key + kv_head * seq * width);
-            narrow_transposed(seq, value_width, sum_value, grad_value + kv_head * seq * value_width);
+            for (long i = 0; i < seq; i++) {
+                narrow_row(width, 1.0f, sum_key + i * c, grad_key + (kv_head * seq + i) * width);
+                narrow_row(value_width, 1.0f, sum_value + i * w, grad_value + (kv_head * seq + i) * value_width);
+            }
         }
     }
     tiles_end();

@@ -6,7 +6,6 @@
  * T tokens, K experts per token, E experts, D model width, F expert width. The master weights are read in fp32 and
  * their gradients written in fp32: no copy of them in bf16 is ever kept.
  */
-#include "lanes.h"
 #include "tiles.h"
 
 enum { ROWS = 128 }; /* of one expert at a time: with its weights they fill half of a 2 MiB second-level cache */
@@ -49,21 +48,22 @@ static void scatter_add(long count, long top_k, const int32_t *pairs, long width
 }
 
 /* hidden = weight * silu(gate) * up of one row; pre holds gate and up side by side. */
-static inline void swiglu_row(long width, float weight, const float *pre, bf16 *restrict hidden) {
+static inline void swiglu_row(long width, float weight, const bf16 *pre, bf16 *restrict hidden) {
     for (long j = 0; j < width; j += LANES) {
-        const Lanes gate = load(pre + j, width - j, 0.0f), up = load(pre + width + j, width - j, 0.0f);
+        const Lanes gate = load_bf16(pre + j, width - j, 0.0f), up = load_bf16(pre + width + j, width - j, 0.0f);
         store_bf16(hidden + j, width - j, weight * up * gate * sigmoid_of(gate));
     }
 }
 
 /* One row of the backward pass. Returns the gradient of the weight. */
-static inline float swiglu_row_backward(long width, float weight, const float *pre, const float *grad,
+static inline float swiglu_row_backward(long width, float weight, const bf16 *pre, const float *grad,
                                         bf16 *restrict hidden, bf16 *restrict grad_pre) {
     Lanes sum = all(0.0f);
 #pragma GCC ivdep /* the outputs do not overlap */
     for (long j = 0; j < width; j += LANES) {
         const long n = width - j;
-        const Lanes gate = load(pre + j, n, 0.0f), up = load(pre + width + j, n, 0.0f), g = load(grad + j, n, 0.0f);
+        const Lanes gate = load_bf16(pre + j, n, 0.0f), up = load_bf16(pre + width + j, n, 0.0f);
+        const Lanes g = load(grad + j, n, 0.0f);
         const Lanes sigmoid = sigmoid_of(gate), silu = gate * sigmoid, d = g * weight;
         sum += g * silu * up;
         store_bf16(hidden + j, n, weight * silu * up);
@@ -73,10 +73,12 @@ static inline float swiglu_row_backward(long width, float weight, const float *p
     return sum_of(sum);
 }
 
-/* x (T, D), ids and weights (T, K), gate_up (E, D, 2F), down (E, F, D); adds to out (T, D). 1: no memory. */
+/* x (T, D), ids and weights (T, K), gate_up (E, D, 2F), down (E, F, D); adds to out (T, D). Writes pre (T K, 2F) bf16,
+ * gate and up of every pair in the order of the experts, for the backward pass: to compute them again costs a quarter
+ * of its products. 1: no memory. */
 int experts_forward(long tokens, long top_k, long experts, long width, long hidden_width, const bf16 *x,
                     const int64_t *ids, const float *weights, const float *gate_up, const float *down,
-                    float *restrict out) {
+                    float *restrict out, bf16 *restrict pre) {
     const long d = padded(width), f = padded(hidden_width), g = padded(2 * hidden_width);
     Scratch scratch = {0};
     const Order order = sort_by_expert(&scratch, tokens * top_k, experts, ids);
@@ -84,7 +86,7 @@ int experts_forward(long tokens, long top_k, long experts, long width, long hidd
     uint32_t *gate_up_pairs = take(&scratch, d * g / 2, sizeof(uint32_t));
     uint32_t *down_pairs = take(&scratch, f * d / 2, sizeof(uint32_t));
     bf16 *rows = take(&scratch, ROWS * d, sizeof(bf16)), *hidden = take(&scratch, ROWS * f, sizeof(bf16));
-    float *pre = take(&scratch, ROWS * g, sizeof(float)), *result = take(&scratch, ROWS * d, sizeof(float));
+    float *sums = take(&scratch, ROWS * g, sizeof(float)), *result = take(&scratch, ROWS * d, sizeof(float));
     if (scratch.failed) return release(&scratch), 1;
 
     tiles_begin();
@@ -98,10 +100,13 @@ int experts_forward(long tokens, long top_k, long experts, long width, long hidd
         for (long start = begin; start < end; start += ROWS) {
             const long count = end - start < ROWS ? end - start : ROWS;
             const int32_t *chunk = order.pairs + start;
-            long height = gather(count, top_k, chunk, width, x, rows);
-            multiply(height, g, d, rows, d, gate_up_tiles, pre, g, 0);
-            for (long i = 0; i < count; i++)
-                swiglu_row(hidden_width, weights[chunk[i]], pre + i * g, hidden + i * f);
+            const long height = gather(count, top_k, chunk, width, x, rows);
+            multiply(height, g, d, rows, d, gate_up_tiles, sums, g, 0);
+            for (long i = 0; i < count; i++) {
+                bf16 *kept = pre + (start + i) * 2 * hidden_width;
+                narrow_row(2 * hidden_width, 1.0f, sums + i * g, kept);
+                swiglu_row(hidden_width, weights[chunk[i]], kept, hidden + i * f);
+            }
             multiply(height, d, f, hidden, f, down_tiles, result, d, 0);
             scatter_add(count, top_k, chunk, width, result, out);
         }
@@ -110,23 +115,15 @@ int experts_forward(long tokens, long top_k, long experts, long width, long hidd
     return release(&scratch), 0;
 }
 
-/* Copy padded sums (.., stride) into a result (rows, columns). */
-static void unpad(long rows, long columns, const float *sums, long stride, float *restrict result) {
-    for (long row = 0; row < rows; row++)
-        memcpy(result + row * columns, sums + row * stride, columns * sizeof(float));
-}
-
-/* grad (T, D) of out. Adds to grad_x (T, D); writes grad_weights (T, K), grad_gate_up, grad_down. 1: no memory.
- * The hidden layer is computed again: at these sizes that costs less than reading it from memory. */
+/* grad (T, D) of out. Adds to grad_x (T, D); writes grad_weights (T, K), grad_gate_up, grad_down. 1: no memory. */
 int experts_backward(long tokens, long top_k, long experts, long width, long hidden_width, const bf16 *x,
-                     const int64_t *ids, const float *weights, const float *gate_up, const float *down,
+                     const int64_t *ids, const float *weights, const float *gate_up, const float *down, const bf16 *pre,
                      const bf16 *grad, float *restrict grad_x, float *restrict grad_weights,
                      float *restrict grad_gate_up, float *restrict grad_down) {
     const long d = padded(width), f = padded(hidden_width), g = padded(2 * hidden_width);
     Scratch scratch = {0};
     const Order order = sort_by_expert(&scratch, tokens * top_k, experts, ids);
     bf16 *narrowed = take(&scratch, d * g > f * d ? d * g : f * d, sizeof(bf16));
-    uint32_t *gate_up_pairs = take(&scratch, d * g / 2, sizeof(uint32_t));
     uint32_t *gate_up_back = take(&scratch, d * g / 2, sizeof(uint32_t)); /* of the transpose */
     uint32_t *down_back = take(&scratch, f * d / 2, sizeof(uint32_t));
     /* rows and row gradients of a chunk, then hidden layer and gradient of what comes before it */
@@ -134,7 +131,6 @@ int experts_backward(long tokens, long top_k, long experts, long width, long hid
     bf16 *hidden = take(&scratch, ROWS * f, sizeof(bf16)), *grad_pre = take(&scratch, ROWS * g, sizeof(bf16));
     bf16 *turned = take(&scratch, ROWS * (d > f ? d : f), sizeof(bf16));
     uint32_t *right = take(&scratch, ROWS * (d > g ? d : g) / 2, sizeof(uint32_t));
-    float *pre = take(&scratch, ROWS * g, sizeof(float));
     float *result = take(&scratch, ROWS * (d > f ? d : f), sizeof(float));
     float *sum_gate_up = take(&scratch, d * g, sizeof(float)), *sum_down = take(&scratch, f * d, sizeof(float));
     if (scratch.failed) return release(&scratch), 1;
@@ -149,20 +145,19 @@ int experts_backward(long tokens, long top_k, long experts, long width, long hid
             continue;
         }
         narrow_matrix(width, 2 * hidden_width, gate_up + e * width * 2 * hidden_width, narrowed);
-        const Tiles gate_up_tiles = tiles_of(d, g, narrowed, g, gate_up_pairs);
         const Tiles gate_up_turned = tiles_of_transpose(d, g, narrowed, gate_up_back);
         narrow_matrix(hidden_width, width, down + e * hidden_width * width, narrowed);
         const Tiles down_turned = tiles_of_transpose(f, d, narrowed, down_back);
         for (long start = begin; start < end; start += ROWS) {
             const long count = end - start < ROWS ? end - start : ROWS, more = start > begin;
             const int32_t *chunk = order.pairs + start;
-            long height = gather(count, top_k, chunk, width, x, rows);
+            const long height = gather(count, top_k, chunk, width, x, rows);
             gather(count, top_k, chunk, width, grad, grad_rows);
-            multiply(height, g, d, rows, d, gate_up_tiles, pre, g, 0);
             multiply(height, f, d, grad_rows, d, down_turned, result, f, 0);
             for (long i = 0; i < count; i++)
-                grad_weights[chunk[i]] = swiglu_row_backward(hidden_width, weights[chunk[i]], pre + i * g,
-                                                             result + i * f, hidden + i * f, grad_pre + i * g);
+                grad_weights[chunk[i]] =
+                    swiglu_row_backward(hidden_width, weights[chunk[i]], pre + (start + i) * 2 * hidden_width,
+                                        result + i * f, hidden + i * f, grad_pre + i * g);
             memset(hidden + count * f, 0, (height - count) * f * sizeof(bf16));
             memset(grad_pre + count * g, 0, (height - count) * g * sizeof(bf16));
             multiply(height, d, g, grad_pre, g, gate_up_turned, result, d, 0);

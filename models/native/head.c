@@ -3,7 +3,6 @@
  *
  * T tokens, D model width, V vocabulary; x (T, D) bf16, weight (V, D) fp32, logits = x weight^T.
  */
-#include "lanes.h"
 #include "tiles.h"
 
 /* Columns of one block: the weights, logits and gradients of a block stay in a second-level cache of 1 MiB. */
@@ -39,8 +38,6 @@ static inline long tokens_at_once(long columns) {
     const long rows = MOST_LOGITS / columns / BLOCK * BLOCK;
     return rows < BLOCK ? BLOCK : rows > ROWS ? ROWS : rows;
 }
-
-static inline long smaller(long a, long b) { return a < b ? a : b; }
 
 /* Logsumexp (T) and the logit of the target (T) of every token; and, unless grad_x is NULL, the gradients of the sum
  * over t of scale_t (logsumexp_t - target logit_t): writes grad_x (T, D) and grad_weight (V, D). They are made here, and
@@ -103,11 +100,9 @@ int head(long tokens, long width, long vocabulary, const bf16 *x, const float *w
             transpose(m, n, grads, n, grads_turned, m);
             multiply(n, d, m, grads_turned, m, x_tiles, sum_weight + column * d, d, start > 0);
         }
-        for (long i = 0; i < count; i++)
-            memcpy(grad_x + (start + i) * width, sum_x + i * d, width * sizeof(float));
+        unpad(count, width, sum_x, d, grad_x + start * width);
     }
     tiles_end();
-    for (long row = 0; grad && row < vocabulary; row++)
-        memcpy(grad_weight + row * width, sum_weight + row * d, width * sizeof(float));
+    if (grad) unpad(vocabulary, width, sum_weight, d, grad_weight);
     return release(&scratch), 0;
 }

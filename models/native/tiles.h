@@ -14,7 +14,7 @@
 #pragma once
 #include <stdlib.h>
 
-#include "common.h"
+#include "lanes.h"
 
 enum { BLOCK = 32, TILE_PAIRS = 16 * 16 };
 
@@ -24,6 +24,7 @@ typedef struct {
 } Tiles;
 
 static inline long padded(long size) { return (size + BLOCK - 1) / BLOCK * BLOCK; }
+static inline long smaller(long a, long b) { return a < b ? a : b; }
 
 #if defined(__AMX_BF16__) || defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -247,14 +248,34 @@ static inline void transpose(long rows, long columns, const bf16 *source, long f
 #endif
 }
 
+/* factor * sums -> bf16. */
+static inline void narrow_row(long columns, float factor, const float *sums, bf16 *restrict result) {
+    for (long i = 0; i < columns; i += LANES)
+        store_bf16(result + i, columns - i, factor * load(sums + i, columns - i, 0.0f));
+}
+
 /* fp32 source (rows, columns) -> bf16 (padded rows, padded columns), zeros around it. */
 static inline void narrow_matrix(long rows, long columns, const float *source, bf16 *restrict result) {
     long width = padded(columns), height = padded(rows);
     for (long row = 0; row < rows; row++) {
-        for (long i = 0; i < columns; i++) result[row * width + i] = narrow(source[row * columns + i]);
+        narrow_row(columns, 1.0f, source + row * columns, result + row * width);
         memset(result + row * width + columns, 0, (width - columns) * sizeof(bf16));
     }
     memset(result + rows * width, 0, (height - rows) * width * sizeof(bf16));
+}
+
+/* source (rows, columns), its rows `stride` apart -> result (padded rows, padded columns), zeros around it. */
+static inline void pad(long rows, long columns, const bf16 *source, long stride, bf16 *restrict result) {
+    if (rows < padded(rows) || columns < padded(columns))
+        memset(result, 0, padded(rows) * padded(columns) * sizeof(bf16));
+    for (long row = 0; row < rows; row++)
+        memcpy(result + row * padded(columns), source + row * stride, columns * sizeof(bf16));
+}
+
+/* The first rows and columns of padded sums, whose rows are `stride` apart -> result (rows, columns). */
+static inline void unpad(long rows, long columns, const float *sums, long stride, float *restrict result) {
+    for (long row = 0; row < rows; row++)
+        memcpy(result + row * columns, sums + row * stride, columns * sizeof(float));
 }
 
 /* Working memory of one call of a kernel. */
