@@ -100,14 +100,14 @@ int experts_forward(long tokens, long top_k, long experts, long width, long hidd
         for (long start = begin; start < end; start += ROWS) {
             const long count = end - start < ROWS ? end - start : ROWS;
             const int32_t *chunk = order.pairs + start;
-            const long height = gather(count, top_k, chunk, width, x, rows);
-            multiply(height, g, d, rows, d, gate_up_tiles, sums, g, 0);
+            gather(count, top_k, chunk, width, x, rows);
+            multiply(stepped(count), g, d, rows, d, gate_up_tiles, sums, g, 0);
             for (long i = 0; i < count; i++) {
                 bf16 *kept = pre + (start + i) * 2 * hidden_width;
                 narrow_row(2 * hidden_width, 1.0f, sums + i * g, kept);
                 swiglu_row(hidden_width, weights[chunk[i]], kept, hidden + i * f);
             }
-            multiply(height, d, f, hidden, f, down_tiles, result, d, 0);
+            multiply(stepped(count), d, f, hidden, f, down_tiles, result, d, 0);
             scatter_add(count, top_k, chunk, width, result, out);
         }
     }
@@ -153,19 +153,19 @@ int experts_backward(long tokens, long top_k, long experts, long width, long hid
             const int32_t *chunk = order.pairs + start;
             const long height = gather(count, top_k, chunk, width, x, rows);
             gather(count, top_k, chunk, width, grad, grad_rows);
-            multiply(height, f, d, grad_rows, d, down_turned, result, f, 0);
+            multiply(stepped(count), f, d, grad_rows, d, down_turned, result, f, 0);
             for (long i = 0; i < count; i++)
                 grad_weights[chunk[i]] =
                     swiglu_row_backward(hidden_width, weights[chunk[i]], pre + (start + i) * 2 * hidden_width,
                                         result + i * f, hidden + i * f, grad_pre + i * g);
             memset(hidden + count * f, 0, (height - count) * f * sizeof(bf16));
             memset(grad_pre + count * g, 0, (height - count) * g * sizeof(bf16));
-            multiply(height, d, g, grad_pre, g, gate_up_turned, result, d, 0);
+            multiply(stepped(count), d, g, grad_pre, g, gate_up_turned, result, d, 0);
             scatter_add(count, top_k, chunk, width, result, grad_x);
             transpose(height, d, rows, d, turned, height);
-            multiply(d, g, height, turned, height, tiles_of(height, g, grad_pre, g, right), sum_gate_up, g, more);
+            multiply(d, g, stepped(count), turned, height, tiles_of(height, g, grad_pre, g, right), sum_gate_up, g, more);
             transpose(height, f, hidden, f, turned, height);
-            multiply(f, d, height, turned, height, tiles_of(height, d, grad_rows, d, right), sum_down, d, more);
+            multiply(f, d, stepped(count), turned, height, tiles_of(height, d, grad_rows, d, right), sum_down, d, more);
         }
         unpad(width, 2 * hidden_width, sum_gate_up, g, grad_in);
         unpad(hidden_width, width, sum_down, d, grad_out);

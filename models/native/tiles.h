@@ -9,7 +9,8 @@
  * AVX-512 (AMD since Zen 4, Intel's Cooper Lake) multiplies one pair of A with 16 pairs of B, a cache line of a tile,
  * and adds to 16 sums (VDPBF16PS): the same layout serves both.
  *
- * All sizes are multiples of BLOCK; callers pad with zeros.
+ * All sizes in memory are multiples of BLOCK, padded with zeros by the callers. A product may leave out rows and terms
+ * of that padding beyond a multiple of STEP.
  */
 #pragma once
 #include <stdlib.h>
@@ -35,6 +36,8 @@ static inline long smaller(long a, long b) { return a < b ? a : b; }
 #include <unistd.h>
 
 /* Eight tiles of 16 rows of 64 bytes. Every kernel begins with this and ends with tiles_end. */
+enum { STEP = BLOCK };
+
 static void tiles_begin(void) {
     struct {
         uint8_t palette, start_row, reserved[14];
@@ -90,19 +93,19 @@ static void tiles_begin(void) {}
 static void tiles_end(void) {}
 static inline int tiles_allowed(void) { return 1; }
 
-enum { ROWS_AT_ONCE = 8 }; /* 16 of the 32 registers hold their sums: enough to hide the latency of a dot product */
+enum { STEP = 8 }; /* rows: 16 of the 32 registers hold their sums, enough to hide the latency of a dot product */
 
-/* c (ROWS_AT_ONCE, 32) = or += a b, all sums in registers. */
-INLINE void multiply_rows(long k, const bf16 *a, long lda, const uint32_t *b, long next, float *c, long ldc,
-                          int accumulate) {
-    __m512 left[ROWS_AT_ONCE], right[ROWS_AT_ONCE];
-    for (long row = 0; row < ROWS_AT_ONCE; row++) {
+/* c (STEP, 32) = or += a (STEP, k) b (k, 32), all sums in registers; b and `next` as above. */
+static inline void multiply_block(long k, const bf16 *a, long lda, const uint32_t *b, long next, float *c, long ldc,
+                                  int accumulate) {
+    __m512 left[STEP], right[STEP];
+    for (long row = 0; row < STEP; row++) {
         left[row] = accumulate ? _mm512_loadu_ps(c + row * ldc) : _mm512_setzero_ps();
         right[row] = accumulate ? _mm512_loadu_ps(c + row * ldc + 16) : _mm512_setzero_ps();
     }
     for (long i = 0; i < k; i += 2, b += 16) {
         const __m512bh first = (__m512bh)_mm512_loadu_si512(b), second = (__m512bh)_mm512_loadu_si512(b + next);
-        for (long row = 0; row < ROWS_AT_ONCE; row++) {
+        for (long row = 0; row < STEP; row++) {
             int32_t both;
             memcpy(&both, a + row * lda + i, sizeof both);
             const __m512bh values = (__m512bh)_mm512_set1_epi32(both);
@@ -110,22 +113,18 @@ INLINE void multiply_rows(long k, const bf16 *a, long lda, const uint32_t *b, lo
             right[row] = _mm512_dpbf16_ps(right[row], values, second);
         }
     }
-    for (long row = 0; row < ROWS_AT_ONCE; row++) {
+    for (long row = 0; row < STEP; row++) {
         _mm512_storeu_ps(c + row * ldc, left[row]);
         _mm512_storeu_ps(c + row * ldc + 16, right[row]);
     }
-}
-
-static inline void multiply_block(long k, const bf16 *a, long lda, const uint32_t *b, long next, float *c, long ldc,
-                                  int accumulate) {
-    for (long row = 0; row < BLOCK; row += ROWS_AT_ONCE)
-        multiply_rows(k, a + row * lda, lda, b, next, c + row * ldc, ldc, accumulate);
 }
 
 #else
 static void tiles_begin(void) {}
 static void tiles_end(void) {}
 static inline int tiles_allowed(void) { return 0; }
+
+enum { STEP = BLOCK };
 
 /* The same in plain C, for processors without the unit: correct, not fast. */
 static inline void multiply_block(long k, const bf16 *a, long lda, const uint32_t *b, long next, float *c, long ldc,
@@ -142,11 +141,13 @@ static inline void multiply_block(long k, const bf16 *a, long lda, const uint32_
 }
 #endif
 
+static inline long stepped(long size) { return (size + STEP - 1) / STEP * STEP; }
+
 /* c (m, n) = or += a (m, k) b (k, n), with the first k rows and n columns of b; lda and ldc in values of one row. */
 static void multiply(long m, long n, long k, const bf16 *a, long lda, Tiles b, float *c, long ldc, int accumulate) {
     const long next = b.row_tiles * TILE_PAIRS;
     for (long column = 0; column < n; column += BLOCK)
-        for (long row = 0; row < m; row += BLOCK)
+        for (long row = 0; row < m; row += STEP)
             multiply_block(k, a + row * lda, lda, b.pairs + column / 16 * next, next, c + row * ldc + column, ldc,
                            accumulate);
 }
