@@ -52,6 +52,7 @@ LATENT = {
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 DEEPSEEK_YARN = {**YARN, "beta_fast": 8.0, "mscale": 0.7, "mscale_all_dim": 1.3}
+YARN_ZERO = {**YARN, "mscale": 1.0, "mscale_all_dim": 0.0}  # says no more than YARN
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek": ("deepseek", {"rope_parameters": DEEPSEEK_YARN}),
     "deepseek_plain_queries": ("deepseek", {"q_lora_rank": None, "n_group": 1, "topk_group": 1}),
@@ -59,7 +60,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_dense": ("deepseek", {"first_k_dense_replace": 3, "tie_word_embeddings": True}),
     "deepseek_all_groups": ("deepseek", {"n_group": 2, "topk_group": 2, "first_k_dense_replace": 0}),
     "dots": ("dots", {}),
-    "dots_yarn": ("dots", {"rope_parameters": YARN, "n_group": 1, "topk_group": 1, "tie_word_embeddings": True}),
+    "dots_yarn": ("dots", {"rope_parameters": YARN_ZERO, "n_group": 1, "topk_group": 1, "tie_word_embeddings": True}),
+    "deepseek_yarn": ("deepseek", {"rope_parameters": {**YARN, "mscale": 1.0}, "first_k_dense_replace": 2}),
 }
 
 
@@ -278,8 +280,24 @@ def test_what_our_model_lacks_is_left_out_and_named(saved: Path, tmp_path: Path)
         ("deepseek", {"kv_lora_rank": None}, r"kv_lora_rank=None must be a whole number"),
         ("deepseek", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, r"rope_type='linear'"),
         ("deepseek", {"rope_parameters": {**YARN, "attention_factor": 1.1}}, r"attention_factor=1.1"),
-        ("deepseek", {"rope_parameters": {**YARN, "mscale_all_dim": 1.0}}, r"mscale_all_dim=1.0"),
-        ("dots", {"rope_parameters": DEEPSEEK_YARN}, r"mscale_all_dim=1.3"),
+        (
+            "deepseek",
+            {"rope_parameters": {**YARN, "mscale_all_dim": 1.0}},
+            r"config.json: rope_parameters.mscale_all_dim=1.0 .*without mscale",
+        ),
+        (
+            "deepseek",
+            {"rope_parameters": {**YARN, "mscale": 0, "mscale_all_dim": 1.0}},
+            r"rope_parameters.mscale_all_dim=1.0 .*without mscale",
+        ),
+        ("deepseek", {"rope_parameters": {**YARN, "mscale": 0.7}}, r"rope_parameters.mscale=0.7 .*only 1.0 is certain"),
+        ("dots", {"rope_parameters": {**YARN, "mscale": 0.7}}, r"rope_parameters.mscale=0.7 .*only 1.0 is certain"),
+        ("dots", {"rope_parameters": DEEPSEEK_YARN}, r"rope_parameters.mscale_all_dim=1.3 .*Dots1.*only 0 is computed"),
+        (
+            "dots",
+            {"rope_parameters": None, "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
+            r"rope_scaling.mscale_all_dim=1.0 .*Dots1.*only 0 is computed",
+        ),
         ("dots", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, r"layers \[1\]"),
         ("dots", {"layer_types": None, "max_window_layers": 2}, r"sliding_attention in layers \[2\]"),
     ],

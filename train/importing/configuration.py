@@ -230,18 +230,33 @@ def _rotary(get: _Settings, is_deepseek: bool) -> RotaryConfig:
     original = rope.get("original_max_position_embeddings")
     if original is None:
         raise get.refuse(f"{key}.original_max_position_embeddings", None, "YaRN needs the length before stretching")
-    mscale, mscale_all_dim = rope.get("mscale"), rope.get("mscale_all_dim", 0.0)
-    if mscale_all_dim and (mscale is None or not is_deepseek):
-        # transformers: no ratio without both, and Dots1 scales no scores.
-        why = "with mscale alone, and" if is_deepseek else "only in DeepSeek-V3;"
-        raise get.refuse(f"{key}.mscale_all_dim", mscale_all_dim, f"it is defined {why} ours would compute another one")
+    mscale, mscale_all_dim = _mscales(get, key, rope, is_deepseek)
     scale = float(rope.get("factor") or get.size("max_position_embeddings") / original)
     yarn = YarnConfig(
         scale=scale,
         original_seq_len=int(original),
         alpha=float(rope.get("beta_slow", 1.0)),
         beta=float(rope.get("beta_fast", 32.0)),
-        mscale=1.0 if mscale is None else float(mscale),
-        mscale_all_dim=float(mscale_all_dim),
+        mscale=mscale,
+        mscale_all_dim=mscale_all_dim,
     )
     return RotaryConfig(theta=theta, yarn=yarn)
+
+
+def _mscales(get: _Settings, key: str, rope: dict[str, Any], is_deepseek: bool) -> tuple[float, float]:
+    """`mscale` and `mscale_all_dim`, where ours computes with them what transformers does; see `YarnConfig`.
+
+    transformers 5.23: the rotated coordinates get m(mscale) / m(mscale_all_dim) where both are there and not 0, else
+    m(1). DeepSeek-V3 multiplies the scores by m(mscale_all_dim)^2, Dots1 never.
+    """
+    mscale, mscale_all_dim = float(rope.get("mscale", 1.0)), float(rope.get("mscale_all_dim", 0.0))
+    if mscale_all_dim and not is_deepseek:
+        why = "our attention multiplies the scores by its temperature, that of Dots1 does not; only 0 is computed here"
+        raise get.refuse(f"{key}.mscale_all_dim", mscale_all_dim, why)
+    if mscale_all_dim and not rope.get("mscale"):
+        why = "without mscale transformers leaves it out of the factor of the rotated coordinates, which ours has"
+        raise get.refuse(f"{key}.mscale_all_dim", mscale_all_dim, why)
+    if mscale != 1 and not mscale_all_dim:
+        why = "without mscale_all_dim transformers does not read it, while DeepSeek's code does; only 1.0 is certain"
+        raise get.refuse(f"{key}.mscale", mscale, why)
+    return mscale, mscale_all_dim
