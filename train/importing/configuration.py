@@ -62,13 +62,13 @@ class _Settings:
         value = self.settings.get(key)
         return default if value is None else value
 
-    def size(self, key: str) -> int:
-        """A number that has to be there.
+    def size(self, key: str, default: int | None = None) -> int:
+        """A whole number, which has to be there where transformers has no default that fits every model.
 
         Raises:
             UnsupportedModelError: it is absent or no whole number.
         """
-        value = self(key)
+        value = self(key, default)
         if not isinstance(value, int) or isinstance(value, bool):
             raise UnsupportedModelError(f"{self.name}: {key}={value!r} must be a whole number; complete the file")
         return value
@@ -155,14 +155,15 @@ def rope_is_interleaved(settings: dict[str, Any]) -> bool:
 
 
 def _latent(get: _Settings, num_heads: int) -> MLAConfig:
-    for key, same in (("num_key_value_heads", num_heads), ("head_dim", get("qk_rope_head_dim"))):
+    for key, same in (("num_key_value_heads", num_heads), ("head_dim", get.size("qk_rope_head_dim"))):
         if get(key, same) != same:
             raise get.refuse(key, get(key), f"every latent head has its own keys and turned coordinates, {same}")
     get("rope_interleave")  # read by `rope_is_interleaved`
     return MLAConfig(
         num_heads=num_heads,
         kv_rank=get.size("kv_lora_rank"),
-        query_rank=None if get("q_lora_rank") is None else get.size("q_lora_rank"),
+        # Null: queries have no latent vector. In transformers they have one where the file says nothing.
+        query_rank=None if get.settings.get("q_lora_rank", 1536) is None else get.size("q_lora_rank", 1536),
         nope_head_dim=get.size("qk_nope_head_dim"),
         rope_head_dim=get.size("qk_rope_head_dim"),
         value_head_dim=get.size("v_head_dim"),
@@ -200,7 +201,7 @@ def _experts(get: _Settings, is_deepseek: bool) -> MoEConfig:
     return MoEConfig(
         num_experts=get.size("n_routed_experts"),
         d_expert=get.size("moe_intermediate_size"),
-        num_shared_experts=int(get("n_shared_experts", 0)),
+        num_shared_experts=get.size("n_shared_experts", 1 if is_deepseek else None),
         router=RouterConfig(
             top_k=get.size("num_experts_per_tok"),
             normalize=bool(get("norm_topk_prob", is_deepseek)),
