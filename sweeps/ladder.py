@@ -26,7 +26,7 @@ from sweeps.estimate import Machine, Pace, make_trial, process_bytes
 from sweeps.forms import contrast
 from sweeps.noise import Interval, estimate_noise, two_way
 from sweeps.processes import FolderBusyError
-from sweeps.run import EXIT_FAILED_TRIALS, EXIT_SETTINGS, EXIT_STOPPED, LOG_WIDTH
+from sweeps.run import EXIT_FAILED_TRIALS, EXIT_SETTINGS, EXIT_STOPPED, make_console
 from sweeps.runner import Command, pretrain_command, run_trials
 from sweeps.trial import Plan, Trial, TrialKind, write_plan
 from train.compose import compose
@@ -196,7 +196,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("settings", nargs="*", metavar="setting=value")
     parser.add_argument("--file", type=Path, default=SHIPPED)
     args = parser.parse_args(arguments)
-    console = Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)
+    console = make_console()
     try:
         ladder = Ladder.read(args.file)
         rungs = configs(ladder, args.settings)
