@@ -8,23 +8,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.kernels.gate import engram_gate
+from models.ngram_hash import NgramRows
 
 # Epsilon of the two norms in the gate: torch's default in fp32, which the demonstration code leaves in place.
 GATE_NORM_EPS = torch.finfo(torch.float32).eps
 
 
-def check_row_width(part: str, d_memory: int, num_rows_per_token: int) -> None:
-    """Refuse a `d_memory` that cannot be cut into rows of one width; `part` is the name of its settings' group."""
-    if d_memory < 1 or d_memory % num_rows_per_token:
-        nearest = max(num_rows_per_token, round(d_memory / num_rows_per_token) * num_rows_per_token)
-        raise ValueError(
-            f"{part}.d_memory={d_memory} must be a positive multiple of (max_ngram_size - 1) * num_hash_heads = "
-            f"{num_rows_per_token}; nearest: {nearest}"
-        )
-
-
 @dataclass
-class EngramConfig:
+class EngramConfig(NgramRows):
     """Shape of the Engram modules and their tables (paper 2.2 to 2.4; symbols of the paper in brackets)."""
 
     layers: list[int] = field(default_factory=lambda: [1])  # 0-based layers that get a module and a table
@@ -47,30 +38,14 @@ class EngramConfig:
                 f"engram.layers={self.layers} must name at least one layer, each once, counted from 0; "
                 "for a model without memory set engram to null"
             )
-        for name, least in (("max_ngram_size", 2), ("num_hash_heads", 1), ("table_size", 1), ("kernel_size", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"engram.{name}={getattr(self, name)} must be at least {least}; nearest: {least}")
-        check_row_width("engram", self.d_memory, self.num_rows_per_token)
+        self.check_rows("engram")
+        if self.kernel_size < 0:
+            raise ValueError(f"engram.kernel_size={self.kernel_size} must be at least 0; nearest: 0")
         if self.kernel_size == 0 and self.norm_eps != EngramConfig.norm_eps:
             raise ValueError(
                 f"engram.norm_eps={self.norm_eps} has no effect with engram.kernel_size=0: it belongs to the norm "
                 f"before the convolution; nearest: {EngramConfig.norm_eps}"
             )
-
-    @property
-    def num_orders(self) -> int:
-        """N: number of n-gram orders, 2..max_ngram_size."""
-        return self.max_ngram_size - 1
-
-    @property
-    def num_rows_per_token(self) -> int:
-        """R = N * G: table rows read per token and Engram layer."""
-        return self.num_orders * self.num_hash_heads
-
-    @property
-    def row_dim(self) -> int:
-        """M: width of one row, d_memory / R."""
-        return self.d_memory // self.num_rows_per_token
 
 
 class EngramOutput(NamedTuple):

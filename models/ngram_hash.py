@@ -36,6 +36,53 @@ class HashConfig(Protocol):
         ...
 
 
+class NgramRows:
+    """The rows that a token reads: what the settings of Engram and of OverEncoding have in common.
+
+    The four settings are fields of those two dataclasses, each with its own order and default.
+    """
+
+    max_ngram_size: int
+    num_hash_heads: int
+    d_memory: int
+    table_size: int
+
+    def check_rows(self, part: str) -> None:
+        """Refuse numbers below their least, and a `d_memory` that cannot be cut into rows of one width.
+
+        Args:
+            part: name of the settings' group, for the message.
+
+        Raises:
+            ValueError: naming the setting, its value, the rule and the nearest valid value.
+        """
+        for name, least in (("max_ngram_size", 2), ("num_hash_heads", 1), ("table_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{part}.{name}={getattr(self, name)} must be at least {least}; nearest: {least}")
+        rows = self.num_rows_per_token
+        if self.d_memory < 1 or self.d_memory % rows:
+            nearest = max(rows, round(self.d_memory / rows) * rows)
+            raise ValueError(
+                f"{part}.d_memory={self.d_memory} must be a positive multiple of (max_ngram_size - 1) * num_hash_heads "
+                f"= {rows}; nearest: {nearest}"
+            )
+
+    @property
+    def num_orders(self) -> int:
+        """N: number of n-gram orders, 2..max_ngram_size."""
+        return self.max_ngram_size - 1
+
+    @property
+    def num_rows_per_token(self) -> int:
+        """R = N * G: table rows read per token and layer with a table."""
+        return self.num_orders * self.num_hash_heads
+
+    @property
+    def row_dim(self) -> int:
+        """M: width of one row, d_memory / R."""
+        return self.d_memory // self.num_rows_per_token
+
+
 @lru_cache(maxsize=100_000)
 def is_prime(n: int) -> bool:
     """Whether n is prime; Miller-Rabin with the first twelve primes as bases, exact below 3.3e24."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from models.engram import check_row_width
+from models.ngram_hash import NgramRows
 
 
 @dataclass
-class OverEncodingConfig:
+class OverEncodingConfig(NgramRows):
     """Shape of the n-gram embeddings; the paper's symbols in brackets.
 
     The hash is Engram's, with its primes and its document starts, so that the two memories differ only in where rows
@@ -28,32 +28,12 @@ class OverEncodingConfig:
     shuffled: bool = False  # each sequence reads its neighbour's rows (control); see `NgramHasher`
 
     def __post_init__(self) -> None:
-        for name, least in (("max_ngram_size", 2), ("num_hash_heads", 1), ("table_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"over_encoding.{name}={getattr(self, name)} must be at least {least}; nearest: {least}"
-                )
-        check_row_width("over_encoding", self.d_memory, self.num_rows_per_token)
+        self.check_rows("over_encoding")
 
     @property
     def layers(self) -> list[int]:
         """The one table has the key 0, as it is read where layer 0 begins."""
         return [0]
-
-    @property
-    def num_orders(self) -> int:
-        """N: number of n-gram orders, 2..max_ngram_size."""
-        return self.max_ngram_size - 1
-
-    @property
-    def num_rows_per_token(self) -> int:
-        """R = N * G: table rows read per token."""
-        return self.num_orders * self.num_hash_heads
-
-    @property
-    def row_dim(self) -> int:
-        """M: width of one row, d_memory / R."""
-        return self.d_memory // self.num_rows_per_token
 
 
 class OverEncoding(nn.Module):

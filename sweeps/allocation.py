@@ -264,16 +264,15 @@ def _within_tolerance(arm: Arm, params: bool) -> Arm:
 
 
 def measure(base: TransformerConfig, config: TransformerConfig, rho: float, message: str, feasible: bool = True) -> Arm:
-    """Residuals and rho_actual of a config, from the exact accounting."""
+    """Residuals against `base` and rho_actual of a config, from the exact accounting."""
     counts, base_counts = count_parameters(config), count_parameters(base)
     base_flops = flops_per_token(base).with_head
-    assert config.moe is not None
     return Arm(
         config=config,
         rho=rho,
         rho_actual=counts.rho,
-        num_experts=config.moe.num_experts,
-        slots=round(counts.memory / config.engram.d_memory) if config.engram is not None else 0,
+        num_experts=config.moe.num_experts if config.moe is not None else 0,
+        slots=round(counts.memory / config.memory.d_memory) if config.memory is not None else 0,
         params_residual=(counts.total - base_counts.total) / base_counts.total,
         flops_residual=(flops_per_token(config).with_head - base_flops) / base_flops,
         feasible=feasible,

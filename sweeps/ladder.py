@@ -19,17 +19,18 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from models.accounting import count_parameters, flops_per_token
+from models.accounting import count_parameters
+from sweeps.allocation import measure
 from sweeps.collect import collect, val_losses
+from sweeps.estimate import Machine, Pace, make_trial, process_bytes
 from sweeps.forms import contrast
 from sweeps.noise import Interval, estimate_noise, two_way
-from sweeps.plan import FLOPS_PER_GPU, FLOPS_PER_THREAD, STARTUP_SECONDS, Machine, checkpoint_bytes
 from sweeps.processes import FolderBusyError
-from sweeps.run import EXIT_FAILED_TRIALS, EXIT_SETTINGS, EXIT_STOPPED, LOG_WIDTH
+from sweeps.run import EXIT_FAILED_TRIALS, EXIT_SETTINGS, EXIT_STOPPED, make_console
 from sweeps.runner import Command, pretrain_command, run_trials
-from sweeps.trial import Plan, Trial, TrialKind, trial_id, write_plan
+from sweeps.trial import Plan, Trial, TrialKind, write_plan
 from train.compose import compose
-from train.config import Config, resolve, to_plain, validate
+from train.config import Config, resolve, validate
 from train.files import atomic_write
 from train.prepare import PreparedData, prepare
 
@@ -80,17 +81,23 @@ def make_plan(ladder: Ladder, rungs: dict[str, Config], prepared: PreparedData |
     """Every rung with every seed."""
     reference = rungs[ladder.reference]
     machine = Machine.here()
-    jobs = machine.jobs(len(rungs) * len(ladder.seeds), 2_000_000_000)
-    trials = []
-    for config in rungs.values():
+    needed = max(process_bytes(config.model) for config in rungs.values())
+    jobs = machine.jobs(len(rungs) * len(ladder.seeds), needed)
+    pace = Pace(machine, prepared.num_val_tokens if prepared is not None else None)
+    arms = {}
+    for rung, config in rungs.items():
         if config.engine.num_threads == 0:
             config.engine.num_threads = max(1, machine.cores // jobs)
         if prepared is not None:
             config.data.fingerprint = prepared.fingerprint
         config.log.group, config.train.final_checkpoint = ladder.name, False
         validate(resolve(config))
-    for seed in ladder.seeds:
-        trials += [_trial(rung, config, seed, reference, machine) for rung, config in rungs.items()]
+        arms[rung] = measure(reference.model, config.model, count_parameters(config.model).rho, rung)
+    trials = [
+        make_trial(dataclasses.replace(config, seed=seed), arms[rung], pace, TrialKind.rung, name=rung)
+        for seed in ladder.seeds
+        for rung, config in rungs.items()
+    ]
     return Plan(
         name=ladder.name,
         fingerprint=reference.data.fingerprint,
@@ -100,40 +107,6 @@ def make_plan(ladder: Ladder, rungs: dict[str, Config], prepared: PreparedData |
         identity={},
         trials=trials,
         provenance=dict(prepared.provenance) if prepared is not None else {},
-    )
-
-
-def _trial(rung: str, config: Config, seed: int, reference: Config, machine: Machine) -> Trial:
-    plain = to_plain(dataclasses.replace(config, seed=seed, run_dir=""))
-    model = config.model
-    counts, flops = count_parameters(model), flops_per_token(model)
-    base, base_flops = count_parameters(reference.model), flops_per_token(reference.model)
-    tokens = config.train.max_steps * config.train.global_batch_tokens
-    rate = FLOPS_PER_GPU if machine.gpus else FLOPS_PER_THREAD * config.engine.num_threads
-    return Trial(
-        trial_id=trial_id(plain),
-        kind=TrialKind.rung,
-        rho=counts.rho,
-        rho_actual=counts.rho,
-        seed=seed,
-        lr_scale=1.0,
-        num_experts=model.moe.num_experts if model.moe is not None else 0,
-        slots=round(counts.memory / model.memory.d_memory) if model.memory is not None else 0,
-        total_params=counts.total,
-        active_params=counts.active,
-        memory_params=counts.memory,
-        embedding_params=counts.embedding,
-        flops_per_token=flops.with_head,
-        flops_per_token_no_head=flops.without_head,
-        params_residual=(counts.total - base.total) / base.total,
-        flops_residual=(flops.with_head - base_flops.with_head) / base_flops.with_head,
-        tokens=tokens,
-        tokens_per_param=tokens / counts.total,
-        estimated_seconds=STARTUP_SECONDS + (tokens + config.train.eval_tokens / 3) * flops.training / rate,
-        estimated_disk_bytes=checkpoint_bytes(model, config.train.ema_decay > 0),
-        num_threads=config.engine.num_threads,
-        config=plain,
-        name=rung,
     )
 
 
@@ -223,7 +196,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("settings", nargs="*", metavar="setting=value")
     parser.add_argument("--file", type=Path, default=SHIPPED)
     args = parser.parse_args(arguments)
-    console = Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)
+    console = make_console()
     try:
         ladder = Ladder.read(args.file)
         rungs = configs(ladder, args.settings)

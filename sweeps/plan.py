@@ -6,47 +6,25 @@ shared widths, precision, threads per process, the identity of the data. The sam
 
 import copy
 import dataclasses
-import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import psutil
-import torch
-
-from models.accounting import ParameterRole, bytes_per_parameter, count_parameters, flops_per_token
+from models.accounting import count_parameters
 from models.memory_table import MemoryOptimConfig
 from models.moe import ExpertKernel
-from models.transformer import TransformerConfig
 from sweeps import allocation, controls
 from sweeps.allocation import Arm
+from sweeps.estimate import Machine, Pace, make_trial, process_bytes, training_tokens
 from sweeps.live import RemainingTime
-from sweeps.processes import cpu_cores
 from sweeps.settings import KeepCheckpoints, SweepConfig
-from sweeps.trial import PAPER_TOKENS_PER_PARAM, Plan, Trial, TrialKind, trial_id
+from sweeps.trial import PAPER_TOKENS_PER_PARAM, Plan, Trial, TrialKind
 from train.config import Config, resolve, to_plain, validate
 from train.data import check_fits
 from train.engine import NativeKernels, Precision
 from train.identity import identity_settings
 from train.kernel_choice import expert_kernel_of
 from train.shards import PreparedData
-
-# Sustained training FLOP/s of one CPU thread and of one GPU, for the first estimate of a sweep only: finished trials
-# of the same sweep replace it. CPU: conf/model/tiny.yaml (1.21e6 FLOPs forward, 3.6e6 trained) at 1.5e4 tokens/s in
-# bf16, two trials side by side on two AMX cores; fixed costs per step weigh most at this size, so larger models are
-# faster. GPU: a guess, 5 % of the 1e15 FLOP/s bf16 peak in data sheets.
-FLOPS_PER_THREAD = 5.5e10
-FP32_SPEED = 0.45  # of the CPU rate above, measured on the same model
-FLOPS_PER_GPU = 5.0e13
-FORWARD_SHARE = 1 / 3  # of a training token's FLOPs, for a token of validation
-STARTUP_SECONDS = 6.0  # imports, opening the data, building the model; measured 4 to 7 s beside another trial
-AVERAGE_BYTES = 4  # fp32 copy of every weight and row where train.ema_decay > 0
-ROW_STEP_BYTES = 4  # int32 of each row of an average: the step it is up to date with
-CHECKPOINT_FIXED_BYTES = 100_000  # tensor names, manifest, random-number state; measured 41 kB on conf/model/tiny.yaml
-# Resident bytes of a training process: weight, gradient, two moments in fp32 per parameter, and the libraries.
-PROCESS_BYTES_PER_PARAM = 16
-PROCESS_BYTES = 1_500_000_000
 
 
 class Planner:
@@ -72,21 +50,20 @@ class Planner:
         self._sweep = sweep
         self._provenance = dict(prepared.provenance) if prepared is not None else {}
         self._num_train_tokens = prepared.num_train_tokens if prepared is not None else None
-        self._num_val_tokens = prepared.num_val_tokens if prepared is not None else None
-        self._tokens_per_second = list(tokens_per_second)
         self._base = copy.deepcopy(base)
         if prepared is not None:
             check_fits(prepared, base.model.vocab_size, base.model.seq_len)
             self._base.data.fingerprint = prepared.fingerprint
         self._base.log.group = sweep.name
         self._base.train.final_checkpoint = sweep.keep_checkpoints is KeepCheckpoints.last
-        self._machine = Machine.here()
+        machine = Machine.here()
+        self._pace = Pace(machine, prepared.num_val_tokens if prepared is not None else None, tokens_per_second)
         num_trials = len(sweep.rhos) * len(sweep.seeds)
-        self._jobs = sweep.jobs or self._machine.jobs(num_trials, _process_bytes(self._base.model))
+        self._jobs = sweep.jobs or machine.jobs(num_trials, process_bytes(self._base.model))
         if previous is not None:
             _keep_machine_choices(self._base, previous)
         if self._base.engine.num_threads == 0:
-            self._base.engine.num_threads = max(1, self._machine.cores // self._jobs)
+            self._base.engine.num_threads = max(1, machine.cores // self._jobs)
         resolve(self._base)
         validate(self._base)
 
@@ -178,55 +155,7 @@ class Planner:
         config.optim.lr *= lr_scale
         config.optim.muon_lr *= lr_scale
         validate(config)
-        config.run_dir = ""
-        plain = to_plain(config)
-        counts, flops = count_parameters(arm.config), flops_per_token(arm.config)
-        tokens = config.train.max_steps * config.train.global_batch_tokens
-        return Trial(
-            trial_id=trial_id(plain),
-            kind=kind,
-            rho=arm.rho,
-            rho_actual=arm.rho_actual,
-            seed=seed,
-            lr_scale=lr_scale,
-            num_experts=arm.num_experts,
-            slots=arm.slots,
-            total_params=counts.total,
-            active_params=counts.active,
-            memory_params=counts.memory,
-            embedding_params=counts.embedding,
-            flops_per_token=flops.with_head,
-            flops_per_token_no_head=flops.without_head,
-            params_residual=arm.params_residual,
-            flops_residual=arm.flops_residual,
-            tokens=tokens,
-            tokens_per_param=tokens / counts.total,
-            estimated_seconds=self._seconds(flops.training, tokens),
-            estimated_disk_bytes=checkpoint_bytes(arm.config, config.train.ema_decay > 0),
-            num_threads=config.engine.num_threads,
-            config=plain,
-        )
-
-    def _seconds(self, training_flops_per_token: float, tokens: int) -> float:
-        """Planned duration: tokens over the median speed of finished trials, or over a guess from the FLOP rate.
-
-        Tokens of validation run forward only and count a third.
-        """
-        work = tokens + FORWARD_SHARE * self._validation_tokens()  # in training tokens
-        if self._tokens_per_second:
-            return STARTUP_SECONDS + work / statistics.median(self._tokens_per_second)
-        engine = self._base.engine
-        rate = FLOPS_PER_GPU
-        if not self._machine.gpus:
-            rate = FLOPS_PER_THREAD * engine.num_threads * (FP32_SPEED if engine.precision is Precision.fp32 else 1.0)
-        return STARTUP_SECONDS + work * training_flops_per_token / rate
-
-    def _validation_tokens(self) -> int:
-        """Tokens of all validations of one trial: the last one, and those at `train.eval_interval`."""
-        train = self._base.train
-        tokens = train.eval_tokens if self._num_val_tokens is None else min(train.eval_tokens, self._num_val_tokens)
-        between = (train.max_steps - 1) // train.eval_interval if train.eval_interval else 0
-        return tokens * (1 + between)
+        return make_trial(config, arm, self._pace, kind, lr_scale)
 
     def _identity(self) -> dict[str, Any]:
         sweep = {"matching": self._sweep.matching.value, "engram": to_plain(self._sweep.engram)}
@@ -236,13 +165,14 @@ class Planner:
 
     def _notes(self) -> list[str]:
         """Choices made for the user, and what the user should know before spending the time."""
-        engine, train = self._base.engine, self._base.train
-        where = f"{self._machine.gpus} GPUs" if self._machine.gpus else f"{self._machine.cores} CPU cores"
+        engine = self._base.engine
+        machine = self._pace.machine
+        where = f"{machine.gpus} GPUs" if machine.gpus else f"{machine.cores} CPU cores"
         notes = [
             f"{self._jobs} trials at once, each {engine.num_threads} thread(s) in {engine.precision.value} ({where}); "
             "threads and precision are part of a trial's identity"
         ]
-        tokens = train.max_steps * train.global_batch_tokens
+        tokens = training_tokens(self._base)
         per_param = tokens / count_parameters(self._base.model).total
         notes.append(f"{per_param:.2g} tokens per parameter; the paper's regime is about {PAPER_TOKENS_PER_PARAM:.0f}")
         if self._num_train_tokens is None:
@@ -250,43 +180,9 @@ class Planner:
         elif tokens > self._num_train_tokens:
             epochs = tokens / self._num_train_tokens
             notes.append(f"{epochs:.2f} epochs over {self._num_train_tokens:,} training tokens: text is read again")
-        if not self._tokens_per_second:
+        if not self._pace.tokens_per_second:
             notes.append("times are a guess from a FLOP rate; they are corrected as soon as trials run")
         return notes
-
-
-@dataclass
-class Machine:
-    """What this machine can carry."""
-
-    cores: int
-    gpus: int
-    memory_bytes: int  # available now
-
-    @classmethod
-    def here(cls) -> "Machine":
-        """This machine, as far as this process may use it."""
-        return cls(cpu_cores(), torch.cuda.device_count(), psutil.virtual_memory().available)
-
-    def jobs(self, num_trials: int, process_bytes: int) -> int:
-        """Trials at once: one for each core (or GPU), as far as memory and the number of trials go; at least 1."""
-        return max(1, min(self.gpus or self.cores, num_trials, self.memory_bytes // process_bytes))
-
-
-def checkpoint_bytes(model: TransformerConfig, averaged: bool) -> int:
-    """Bytes of one checkpoint, at most: fp32 weights, their two Adam moments, the tables' likewise, and the average.
-
-    Muon keeps one moment and frozen tables none; their checkpoints are smaller. Gradients are not saved.
-    """
-    counts = count_parameters(model)
-    dense = bytes_per_parameter(ParameterRole.adamw)
-    size = counts.trained_by_engine * (dense.weights + dense.optimizer + AVERAGE_BYTES * averaged)
-    if model.memory is not None:
-        row_dim = model.memory.row_dim
-        table = bytes_per_parameter(ParameterRole.memory, row_dim=row_dim)
-        row_average = AVERAGE_BYTES + ROW_STEP_BYTES / row_dim
-        size += counts.memory * (table.weights + table.optimizer + row_average * averaged)
-    return CHECKPOINT_FIXED_BYTES + math.ceil(size)
 
 
 def planned_seconds(plan: Plan) -> float:
@@ -297,11 +193,6 @@ def planned_seconds(plan: Plan) -> float:
     trials = [*plan.trials, *(t for t in plan.trials if plan.pending and t.kind is TrialKind.lr)]
     seconds = sorted((trial.estimated_seconds for trial in trials), reverse=True)
     return RemainingTime().of_sweep([], seconds, plan.jobs)
-
-
-def _process_bytes(model: TransformerConfig) -> int:
-    counts = count_parameters(model)
-    return PROCESS_BYTES + PROCESS_BYTES_PER_PARAM * (counts.total + counts.embedding)
 
 
 def _keep_machine_choices(base: Config, previous: Plan) -> None:

@@ -86,9 +86,7 @@ def compose_sweep(overrides: list[str]) -> SweepRoot:
 def act(root: SweepRoot, command: Command = pretrain_command) -> int:
     """Do what `root.action` says; returns the exit code."""
     folder = folder_of(root.sweep)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=LOG_WIDTH)
+    console = make_console()
     if root.action is Action.report:
         read_plan(folder)
         _report(folder, console)
@@ -116,6 +114,12 @@ def act(root: SweepRoot, command: Command = pretrain_command) -> int:
         print(f"{len(summary.failed)} trials failed; the same command tries them again", file=sys.stderr)
         return EXIT_FAILED_TRIALS
     return 0
+
+
+def make_console() -> Console:
+    """Where plans and results are shown: the terminal's width, or one that every table fits where it is a file."""
+    console = Console()
+    return console if console.is_terminal else Console(width=LOG_WIDTH)
 
 
 def make_plan(root: SweepRoot, prepared: PreparedData | None, folder: Path) -> tuple[Planner, Plan]:

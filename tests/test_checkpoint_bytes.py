@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sweeps.plan import CHECKPOINT_FIXED_BYTES, checkpoint_bytes
+from sweeps.estimate import CHECKPOINT_FIXED_BYTES, checkpoint_bytes
 from tests.test_resume import make, run
 
 

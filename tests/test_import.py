@@ -16,7 +16,7 @@ from scripts.import_hf import main
 from tests.tiny import TinyMemory, relative_error
 from train.config import load_config
 from train.importing.build import import_model, open_origin
-from train.importing.configuration import UnsupportedModelError, transformer_config
+from train.importing.configuration import transformer_config
 from train.importing.report import Report
 from train.importing.source import SourceError
 from train.start import load_weights
@@ -52,6 +52,7 @@ LATENT = {
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 DEEPSEEK_YARN = {**YARN, "beta_fast": 8.0, "mscale": 0.7, "mscale_all_dim": 1.3}
+YARN_ZERO = {**YARN, "mscale": 1.0, "mscale_all_dim": 0.0}  # says no more than YARN
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek": ("deepseek", {"rope_parameters": DEEPSEEK_YARN}),
     "deepseek_plain_queries": ("deepseek", {"q_lora_rank": None, "n_group": 1, "topk_group": 1}),
@@ -59,7 +60,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_dense": ("deepseek", {"first_k_dense_replace": 3, "tie_word_embeddings": True}),
     "deepseek_all_groups": ("deepseek", {"n_group": 2, "topk_group": 2, "first_k_dense_replace": 0}),
     "dots": ("dots", {}),
-    "dots_yarn": ("dots", {"rope_parameters": YARN, "n_group": 1, "topk_group": 1, "tie_word_embeddings": True}),
+    "dots_yarn": ("dots", {"rope_parameters": YARN_ZERO, "n_group": 1, "topk_group": 1, "tie_word_embeddings": True}),
+    "deepseek_yarn": ("deepseek", {"rope_parameters": {**YARN, "mscale": 1.0}, "first_k_dense_replace": 2}),
 }
 
 
@@ -260,38 +262,6 @@ def test_what_our_model_lacks_is_left_out_and_named(saved: Path, tmp_path: Path)
     ]
     notes = "\n".join(report.notes)
     assert all(text in notes for text in ("rms_norm_eps=1e-05", "attention_dropout=0.1", "something_new", "tokenizer"))
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "message"),
-    [
-        (
-            "deepseek",
-            {"architectures": ["LlamaForCausalLM"]},
-            r"architectures=\['LlamaForCausalLM'\].*Dots1ForCausalLM",
-        ),
-        ("deepseek", {"attention_bias": True}, r"attention_bias=True is not supported: our attention has no biases"),
-        ("deepseek", {"hidden_act": "gelu"}, r"hidden_act='gelu' .*only 'silu'"),
-        ("deepseek", {"scoring_func": "softmax"}, r"scoring_func='softmax'"),
-        ("deepseek", {"quantization_config": {"quant_method": "fp8"}}, r"quantization_config=.*convert .* to bf16"),
-        ("deepseek", {"num_key_value_heads": 1}, r"num_key_value_heads=1"),
-        ("deepseek", {"kv_lora_rank": None}, r"kv_lora_rank=None must be a whole number"),
-        ("deepseek", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, r"rope_type='linear'"),
-        ("deepseek", {"rope_parameters": {**YARN, "attention_factor": 1.1}}, r"attention_factor=1.1"),
-        ("deepseek", {"rope_parameters": {**YARN, "mscale_all_dim": 1.0}}, r"mscale_all_dim=1.0"),
-        ("dots", {"rope_parameters": DEEPSEEK_YARN}, r"mscale_all_dim=1.3"),
-        ("dots", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, r"layers \[1\]"),
-        ("dots", {"layer_types": None, "max_window_layers": 2}, r"sliding_attention in layers \[2\]"),
-    ],
-)
-def test_settings_that_we_cannot_compute_are_refused(
-    saved: Path, tmp_path: Path, name: str, changes: dict[str, Any], message: str
-) -> None:
-    folder = copy_of(saved, name, tmp_path / "from")
-    change_config(folder, **changes)
-    with pytest.raises(UnsupportedModelError, match=message):
-        import_model(folder, tmp_path / "to")
-    assert not (tmp_path / "to").exists()
 
 
 EXPERT = "model.layers.1.mlp.experts.0.up_proj.weight"

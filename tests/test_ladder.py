@@ -1,5 +1,6 @@
 """The quality ladder: what is compared is comparable, and its intervals are the textbook's."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import yaml
 from scipy import stats
 
 from sweeps.ladder import SHIPPED, Ladder, configs, main, make_plan, results, run
-from sweeps.trial import Plan, trial_dir, trial_id
+from sweeps.plan import Planner
+from sweeps.settings import SweepConfig
+from sweeps.trial import Plan, TrialKind, trial_dir, trial_id
+from tests.test_plan import prepared
 from tests.test_runner import fake_command
 from train.compose import compose
 from train.config import Config, resolve, to_plain
@@ -56,6 +60,16 @@ def test_a_rung_is_a_run_that_can_be_repeated() -> None:
     words = [*ladder.settings, *ladder.rungs["c"], "train.max_steps=70", "seed=5", "run_dir=elsewhere"]
     alone = resolve(compose(Config, "train_schema", "train", words))
     assert alone.memory.frozen and trial_id(to_plain(alone)) == trial.trial_id
+
+
+def test_a_rung_costs_what_the_same_run_costs_in_a_sweep() -> None:
+    data = prepared("data", num_val_tokens=1000)
+    ladder = small()
+    rungs = configs(ladder, ["train.eval_interval=100"])
+    sweep = SweepConfig(name="small", rhos=[1.0], seeds=[5], control_rho=1.0)
+    (expected,) = Planner(rungs["b"], sweep, data).first_stage().trials
+    (rung,) = (trial for trial in make_plan(ladder, rungs, data).trials if (trial.name, trial.seed) == ("b", 5))
+    assert dataclasses.replace(rung, kind=TrialKind.arm, name="") == expected
 
 
 def test_gains_and_intervals_by_hand(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from models.accounting import count_parameters, flops_per_token
 from models.engram import EngramConfig
 from models.moe import MoEConfig
 from models.transformer import TransformerConfig
-from sweeps.plan import STARTUP_SECONDS, Machine, Planner, planned_seconds
+from sweeps.estimate import STARTUP_SECONDS, Machine
+from sweeps.plan import Planner, planned_seconds
 from sweeps.plan_table import plan_table, short
 from sweeps.run import compose_sweep, make_plan
 from sweeps.settings import KeepCheckpoints, SweepConfig

@@ -38,8 +38,9 @@ from train.start import WEIGHTS
 # (DeepSeek-V3, arXiv 2412.19437, 4.2), which many checkpoints exceed by far.
 WINDOW = 4096
 WINDOWS_PER_STEP = 16  # of that configuration: 65,536 tokens a step
-# Its learning rate: the constant one of DeepSeek-V3's last phase (arXiv 2412.19437, 4.2). Ours for fresh models are up
-# to 450 times higher and would undo what was learnt.
+# Its learning rate: where DeepSeek-V3's decay ends, kept for 333B tokens; the last 167B have 7.3e-6 (arXiv 2412.19437,
+# 4.2). Configurations of transformers name none. Ours for fresh models are up to 450 times higher and would undo what
+# was learnt.
 CONTINUED_LR = 2.2e-5
 
 # Settings that leave the function of loaded weights as it is; every other one is the checkpoint's.

@@ -62,13 +62,13 @@ class _Settings:
         value = self.settings.get(key)
         return default if value is None else value
 
-    def size(self, key: str) -> int:
-        """A number that has to be there.
+    def size(self, key: str, default: int | None = None) -> int:
+        """A whole number, which has to be there where transformers has no default that fits every model.
 
         Raises:
             UnsupportedModelError: it is absent or no whole number.
         """
-        value = self(key)
+        value = self(key, default)
         if not isinstance(value, int) or isinstance(value, bool):
             raise UnsupportedModelError(f"{self.name}: {key}={value!r} must be a whole number; complete the file")
         return value
@@ -155,14 +155,15 @@ def rope_is_interleaved(settings: dict[str, Any]) -> bool:
 
 
 def _latent(get: _Settings, num_heads: int) -> MLAConfig:
-    for key, same in (("num_key_value_heads", num_heads), ("head_dim", get("qk_rope_head_dim"))):
+    for key, same in (("num_key_value_heads", num_heads), ("head_dim", get.size("qk_rope_head_dim"))):
         if get(key, same) != same:
             raise get.refuse(key, get(key), f"every latent head has its own keys and turned coordinates, {same}")
     get("rope_interleave")  # read by `rope_is_interleaved`
     return MLAConfig(
         num_heads=num_heads,
         kv_rank=get.size("kv_lora_rank"),
-        query_rank=None if get("q_lora_rank") is None else get.size("q_lora_rank"),
+        # Null: queries have no latent vector. In transformers they have one where the file says nothing.
+        query_rank=None if get.settings.get("q_lora_rank", 1536) is None else get.size("q_lora_rank", 1536),
         nope_head_dim=get.size("qk_nope_head_dim"),
         rope_head_dim=get.size("qk_rope_head_dim"),
         value_head_dim=get.size("v_head_dim"),
@@ -200,7 +201,7 @@ def _experts(get: _Settings, is_deepseek: bool) -> MoEConfig:
     return MoEConfig(
         num_experts=get.size("n_routed_experts"),
         d_expert=get.size("moe_intermediate_size"),
-        num_shared_experts=int(get("n_shared_experts", 0)),
+        num_shared_experts=get.size("n_shared_experts", 1 if is_deepseek else None),
         router=RouterConfig(
             top_k=get.size("num_experts_per_tok"),
             normalize=bool(get("norm_topk_prob", is_deepseek)),
@@ -230,18 +231,33 @@ def _rotary(get: _Settings, is_deepseek: bool) -> RotaryConfig:
     original = rope.get("original_max_position_embeddings")
     if original is None:
         raise get.refuse(f"{key}.original_max_position_embeddings", None, "YaRN needs the length before stretching")
-    mscale, mscale_all_dim = rope.get("mscale"), rope.get("mscale_all_dim", 0.0)
-    if mscale_all_dim and (mscale is None or not is_deepseek):
-        # transformers: no ratio without both, and Dots1 scales no scores.
-        why = "with mscale alone, and" if is_deepseek else "only in DeepSeek-V3;"
-        raise get.refuse(f"{key}.mscale_all_dim", mscale_all_dim, f"it is defined {why} ours would compute another one")
+    mscale, mscale_all_dim = _mscales(get, key, rope, is_deepseek)
     scale = float(rope.get("factor") or get.size("max_position_embeddings") / original)
     yarn = YarnConfig(
         scale=scale,
         original_seq_len=int(original),
         alpha=float(rope.get("beta_slow", 1.0)),
         beta=float(rope.get("beta_fast", 32.0)),
-        mscale=1.0 if mscale is None else float(mscale),
-        mscale_all_dim=float(mscale_all_dim),
+        mscale=mscale,
+        mscale_all_dim=mscale_all_dim,
     )
     return RotaryConfig(theta=theta, yarn=yarn)
+
+
+def _mscales(get: _Settings, key: str, rope: dict[str, Any], is_deepseek: bool) -> tuple[float, float]:
+    """`mscale` and `mscale_all_dim`, where ours computes with them what transformers does; see `YarnConfig`.
+
+    transformers 5.23: the rotated coordinates get m(mscale) / m(mscale_all_dim) where both are there and not 0, else
+    m(1). DeepSeek-V3 multiplies the scores by m(mscale_all_dim)^2, Dots1 never.
+    """
+    mscale, mscale_all_dim = float(rope.get("mscale", 1.0)), float(rope.get("mscale_all_dim", 0.0))
+    if mscale_all_dim and not is_deepseek:
+        why = "our attention multiplies the scores by its temperature, that of Dots1 does not; only 0 is computed here"
+        raise get.refuse(f"{key}.mscale_all_dim", mscale_all_dim, why)
+    if mscale_all_dim and not rope.get("mscale"):
+        why = "without mscale transformers leaves it out of the factor of the rotated coordinates, which ours has"
+        raise get.refuse(f"{key}.mscale_all_dim", mscale_all_dim, why)
+    if mscale != 1 and not mscale_all_dim:
+        why = "without mscale_all_dim transformers does not read it, while DeepSeek's code does; only 1.0 is certain"
+        raise get.refuse(f"{key}.mscale", mscale, why)
+    return mscale, mscale_all_dim
