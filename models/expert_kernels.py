@@ -168,15 +168,11 @@ class _SwigluNative(torch.autograd.Function):
     ) -> Tensor:
         inputs = (x.contiguous(), expert_ids.contiguous(), weights.contiguous(), gate_up, down)
         ctx.sizes = (*weights.shape, *down.shape[:1], *x.shape[1:], *down.shape[1:2])  # T, K, E, D, F
-        out = torch.zeros(x.shape, dtype=torch.float32)
+        of_shared = NativeSwiGLU.of(x.shape[0], *shared) if shared else None
+        out = torch.zeros(x.shape, dtype=torch.float32) if of_shared is None else of_shared.forward(inputs[0])
         pre = x.new_empty(weights.numel(), gate_up.shape[2], dtype=torch.bfloat16)  # (T K, 2F), in order of the experts
-        native.call("experts_forward", *ctx.sizes, *inputs, out, pre)
-        saved: tuple[Tensor, ...] = (*inputs, pre)
-        if shared:
-            swiglu = NativeSwiGLU.of(x.shape[0], *shared)
-            swiglu.add_to(out, inputs[0])
-            saved = (*saved, *swiglu)
-        ctx.save_for_backward(*saved)
+        native.call("experts_forward", *ctx.sizes, *inputs, 1, out, pre)
+        ctx.save_for_backward(*inputs, pre, *(of_shared or ()))
         return out
 
     @staticmethod
@@ -184,13 +180,16 @@ class _SwigluNative(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, expert_ids, weights, gate_up, down, pre, *shared = ctx.saved_tensors
         grad = grads[0].to(x.dtype).contiguous()
-        grad_x = torch.zeros(x.shape, dtype=torch.float32)
+        of_shared: list[Tensor] = []
+        if shared:
+            grad_x, *of_shared = NativeSwiGLU(*shared).backward(x, grad)
+        else:
+            grad_x = torch.zeros(x.shape, dtype=torch.float32)
         results = [torch.empty_like(tensor) for tensor in (weights, gate_up, down)]
         native.call(
-            "experts_backward", *ctx.sizes, x, expert_ids, weights, gate_up, down, pre, grad, grad_x, *results
+            "experts_backward", *ctx.sizes, x, expert_ids, weights, gate_up, down, pre, grad, 1, grad_x, *results
         )  # fmt: skip
-        gradients = NativeSwiGLU(*shared).add_gradients_to(grad_x, x, grad) if shared else ()
-        return grad_x.to(x.dtype), None, *results, *gradients
+        return grad_x.to(x.dtype), None, *results, *of_shared
 
 
 def swiglu_native(

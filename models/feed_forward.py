@@ -84,7 +84,7 @@ class NativeSwiGLU(NamedTuple):
     weights: Tensor  # (T, 1) fp32, 1
     gate_up: Tensor  # (D, 2F) fp32: the kernel takes (inputs, outputs), torch's linear layers hold (outputs, inputs)
     down: Tensor  # (F, D) fp32
-    pre: Tensor  # (T, 2F) bf16: gate and up of every token, once `add_to` has run
+    pre: Tensor  # (T, 2F) bf16: gate and up of every token, once `forward` has run
 
     @classmethod
     def of(cls, num_tokens: int, gate_up: Tensor, down: Tensor) -> "NativeSwiGLU":
@@ -93,15 +93,18 @@ class NativeSwiGLU(NamedTuple):
         pre = gate_up.new_empty(num_tokens, len(gate_up), dtype=torch.bfloat16)
         return cls(ids, ones, gate_up.t().contiguous(), down.t().contiguous(), pre)
 
-    def add_to(self, out: Tensor, x: Tensor) -> None:
-        """Adds swiglu(x) to out: (T, D) fp32, of x (T, D) bf16."""
-        native.call("experts_forward", *self._sizes(x), x, *self[:4], out, self.pre)
+    def forward(self, x: Tensor) -> Tensor:
+        """swiglu(x): (T, D) fp32, of x (T, D) bf16."""
+        out = torch.empty(x.shape, dtype=torch.float32)
+        native.call("experts_forward", *self._sizes(x), x, *self[:4], 0, out, self.pre)
+        return out
 
-    def add_gradients_to(self, grad_x: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds to grad_x (T, D) fp32, given the output's gradient in bf16; returns those of gate_up and down."""
+    def backward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of x (T, D), gate_up and down in fp32, given the output's in bf16."""
+        grad_x = torch.empty(x.shape, dtype=torch.float32)
         results = [torch.empty_like(tensor) for tensor in (self.weights, self.gate_up, self.down)]
-        native.call("experts_backward", *self._sizes(x), x, *self, grad, grad_x, *results)
-        return results[1].t(), results[2].t()
+        native.call("experts_backward", *self._sizes(x), x, *self, grad, 0, grad_x, *results)
+        return grad_x, results[1].t(), results[2].t()
 
     def _sizes(self, x: Tensor) -> tuple[int, ...]:
         return x.shape[0], 1, 1, x.shape[1], self.down.shape[0]  # T, K, E, D, F
@@ -112,9 +115,9 @@ class _SwiGLUFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        x, out = x.contiguous(), torch.zeros(x.shape, dtype=torch.float32)
+        x = x.contiguous()
         swiglu = NativeSwiGLU.of(x.shape[0], gate_up, down)
-        swiglu.add_to(out, x)
+        out = swiglu.forward(x)
         ctx.save_for_backward(x, *swiglu)
         return out
 
@@ -122,8 +125,7 @@ class _SwiGLUFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         x, *saved = ctx.saved_tensors
-        grad_x = torch.zeros(x.shape, dtype=torch.float32)
-        gradients = NativeSwiGLU(*saved).add_gradients_to(grad_x, x, grads[0].to(x.dtype).contiguous())
+        grad_x, *gradients = NativeSwiGLU(*saved).backward(x, grads[0].to(x.dtype).contiguous())
         return grad_x.to(x.dtype), *gradients
 
 

@@ -37,13 +37,16 @@ static long gather(long count, long top_k, const int32_t *pairs, long width, con
     return padded(count);
 }
 
-/* result (T, D) += rows, each at its token. */
-static void scatter_add(long count, long top_k, const int32_t *pairs, long width, const float *rows,
-                        float *restrict result) {
+/* result (T, D) = or += rows, each at its token. */
+static void scatter(long count, long top_k, const int32_t *pairs, long width, const float *rows, int add,
+                    float *restrict result) {
     for (long i = 0; i < count; i++) {
         const float *row = rows + i * padded(width);
         float *out = result + pairs[i] / top_k * width;
-        for (long j = 0; j < width; j++) out[j] += row[j];
+        if (add)
+            for (long j = 0; j < width; j++) out[j] += row[j];
+        else
+            memcpy(out, row, width * sizeof(float));
     }
 }
 
@@ -73,12 +76,12 @@ static inline float swiglu_row_backward(long width, float weight, const bf16 *pr
     return sum_of(sum);
 }
 
-/* x (T, D), ids and weights (T, K), gate_up (E, D, 2F), down (E, F, D); adds to out (T, D). Writes pre (T K, 2F) bf16,
- * gate and up of every pair in the order of the experts, for the backward pass: to compute them again costs a quarter
- * of its products. 1: no memory. */
+/* x (T, D), ids and weights (T, K), gate_up (E, D, 2F), down (E, F, D); adds to out (T, D), or writes it where K = 1 and
+ * `add` is 0. Writes pre (T K, 2F) bf16, gate and up of every pair in the order of the experts, for the backward pass: to
+ * compute them again costs a quarter of its products. 1: no memory. */
 int experts_forward(long tokens, long top_k, long experts, long width, long hidden_width, const bf16 *x,
                     const int64_t *ids, const float *weights, const float *gate_up, const float *down,
-                    float *restrict out, bf16 *restrict pre) {
+                    long add, float *restrict out, bf16 *restrict pre) {
     const long d = padded(width), f = padded(hidden_width), g = padded(2 * hidden_width);
     Scratch scratch = {0};
     const Order order = sort_by_expert(&scratch, tokens * top_k, experts, ids);
@@ -108,17 +111,18 @@ int experts_forward(long tokens, long top_k, long experts, long width, long hidd
                 swiglu_row(hidden_width, weights[chunk[i]], kept, hidden + i * f);
             }
             multiply(stepped(count), d, f, hidden, f, down_tiles, result, d, 0);
-            scatter_add(count, top_k, chunk, width, result, out);
+            scatter(count, top_k, chunk, width, result, add, out);
         }
     }
     tiles_end();
     return release(&scratch), 0;
 }
 
-/* grad (T, D) of out. Adds to grad_x (T, D); writes grad_weights (T, K), grad_gate_up, grad_down. 1: no memory. */
+/* grad (T, D) of out. Adds to grad_x (T, D), or writes it, as in the forward pass; writes grad_weights (T, K),
+ * grad_gate_up and grad_down. 1: no memory. */
 int experts_backward(long tokens, long top_k, long experts, long width, long hidden_width, const bf16 *x,
                      const int64_t *ids, const float *weights, const float *gate_up, const float *down, const bf16 *pre,
-                     const bf16 *grad, float *restrict grad_x, float *restrict grad_weights,
+                     const bf16 *grad, long add, float *restrict grad_x, float *restrict grad_weights,
                      float *restrict grad_gate_up, float *restrict grad_down) {
     const long d = padded(width), f = padded(hidden_width), g = padded(2 * hidden_width);
     Scratch scratch = {0};
@@ -132,7 +136,9 @@ int experts_backward(long tokens, long top_k, long experts, long width, long hid
     bf16 *turned = take(&scratch, ROWS * (d > f ? d : f), sizeof(bf16));
     uint32_t *right = take(&scratch, ROWS * (d > g ? d : g) / 2, sizeof(uint32_t));
     float *result = take(&scratch, ROWS * (d > f ? d : f), sizeof(float));
-    float *sum_gate_up = take(&scratch, d * g, sizeof(float)), *sum_down = take(&scratch, f * d, sizeof(float));
+    const int exact = d == width && f == hidden_width && g == 2 * hidden_width; /* sums need no room of their own */
+    float *room_gate_up = take(&scratch, exact ? 0 : d * g, sizeof(float));
+    float *room_down = take(&scratch, exact ? 0 : f * d, sizeof(float));
     if (scratch.failed) return release(&scratch), 1;
 
     tiles_begin();
@@ -144,6 +150,7 @@ int experts_backward(long tokens, long top_k, long experts, long width, long hid
             memset(grad_out, 0, hidden_width * width * sizeof(float));
             continue;
         }
+        float *sum_gate_up = exact ? grad_in : room_gate_up, *sum_down = exact ? grad_out : room_down;
         narrow_matrix(width, 2 * hidden_width, gate_up + e * width * 2 * hidden_width, narrowed);
         const Tiles gate_up_turned = tiles_of_transpose(d, g, narrowed, gate_up_back);
         narrow_matrix(hidden_width, width, down + e * hidden_width * width, narrowed);
@@ -161,12 +168,13 @@ int experts_backward(long tokens, long top_k, long experts, long width, long hid
             memset(hidden + count * f, 0, (height - count) * f * sizeof(bf16));
             memset(grad_pre + count * g, 0, (height - count) * g * sizeof(bf16));
             multiply(stepped(count), d, g, grad_pre, g, gate_up_turned, result, d, 0);
-            scatter_add(count, top_k, chunk, width, result, grad_x);
+            scatter(count, top_k, chunk, width, result, add, grad_x);
             transpose(height, d, rows, d, turned, height);
             multiply(d, g, stepped(count), turned, height, tiles_of(height, g, grad_pre, g, right), sum_gate_up, g, more);
             transpose(height, f, hidden, f, turned, height);
             multiply(f, d, stepped(count), turned, height, tiles_of(height, d, grad_rows, d, right), sum_down, d, more);
         }
+        if (exact) continue;
         unpad(width, 2 * hidden_width, sum_gate_up, g, grad_in);
         unpad(hidden_width, width, sum_down, d, grad_out);
     }
