@@ -1,6 +1,7 @@
 """The elementwise C kernels against the plain torch they stand in for: outputs and every gradient, at odd sizes too."""
 
 import ctypes
+import math
 import subprocess
 import sys
 
@@ -206,6 +207,18 @@ def test_top_k(shape, monkeypatch):
     actual = top_k_ids(scores, top_k)
     plain(monkeypatch)
     assert torch.equal(actual.sort(-1).values, top_k_ids(scores, top_k).sort(-1).values)
+
+
+@pytest.mark.parametrize("shape", [(40, 7, 3), (40, 16, 16), (40, 70, 9)])
+def test_top_k_is_a_stable_sort(shape):
+    rows, experts, top_k = shape
+    scores = torch.randint(0, 4, (rows, experts)).float()
+    scores[scores == 3] = -math.inf
+    scores[:, -1] = math.inf
+    expected = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :top_k]
+    assert torch.equal(top_k_ids(scores, top_k), expected)
+    scores[0, 1:] = math.nan
+    assert len(set(top_k_ids(scores, top_k)[0].tolist())) == top_k
 
 
 def test_top_k_of_equal_scores_are_distinct():
