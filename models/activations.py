@@ -127,12 +127,12 @@ def _attention(attention: AttentionConfig, d_model: int, batch: int, seq_len: in
 def _latent_attention(mla: MLAConfig, d_model: int, batch: int, seq_len: int) -> int:
     """Multi-head latent attention.
 
-    Per token the input in bf16 twice, once for each projection that reads it; narrow vectors before and after their
-    norms; queries and keys; what the values are a view of; the heads' outputs, and the log-sum-exp of each query.
+    Per token the input in bf16, which both projections read; narrow vectors before and after their norms; queries and
+    keys; what the values are a view of; the heads' outputs, and the log-sum-exp of each query.
     """
     num_tokens, heads = batch * seq_len, mla.num_heads
     values = heads * (mla.nope_head_dim + mla.value_head_dim)
-    bf16 = 2 * d_model + 2 * heads * mla.key_head_dim + values + heads * mla.value_head_dim
+    bf16 = d_model + 2 * heads * mla.key_head_dim + values + heads * mla.value_head_dim
     size = num_tokens * (BF16 * bf16 + FP32 * heads)
     for rank in (mla.kv_rank, mla.query_rank):
         if rank is not None:

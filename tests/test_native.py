@@ -184,6 +184,23 @@ def test_rms_norm(shape, monkeypatch):
         assert relative_error(a, b) < 1e-6
 
 
+@pytest.mark.parametrize("shape", [(1, 8), (2, 7, 24), (4, 33)])
+def test_rms_norm_rounded_to_bf16(shape, monkeypatch):
+    x, weight = torch.randn(shape, requires_grad=True), torch.randn(shape[-1], requires_grad=True)
+    upstream = torch.randn(shape).bfloat16()
+    results = []
+    for _ in range(2):
+        out = rms_norm(x, weight, 1e-6, torch.bfloat16)
+        results.append((out, *torch.autograd.grad(out, (x, weight), upstream)))
+        plain(monkeypatch)
+    exact = rms_norm(x.double(), weight.double(), 1e-6)
+    expected = torch.autograd.grad(exact, (x, weight), upstream.double())
+    for out, *gradients in results:
+        assert out.dtype == torch.bfloat16 and relative_error(out, exact) < 4e-3
+        for gradient, reference in zip(gradients, expected, strict=True):
+            assert gradient.dtype == torch.float32 and relative_error(gradient, reference) < 1e-6
+
+
 @pytest.mark.parametrize("shape", [(1, 8), (2, 7, 24), (3, 5, 128), (4, 33)])
 def test_add_rms_norm(shape, monkeypatch):
     norm = RMSNorm(shape[-1], 1e-6)

@@ -146,10 +146,11 @@ def test_accumulation_changes_only_rounding(data_root: Path, tmp_path: Path) -> 
     for size in (8, 2):
         cfg = make(data_root, tmp_path / str(size))
         cfg.train.micro_batch_size = size
+        cfg.train.max_steps = 4  # later a token may go to another expert by the last bit of its scores
         assert cfg.model.moe is not None
         cfg.model.moe.router.sequence_balance_coef = 0.0
         losses.append(run(cfg)["val_loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_a_non_finite_loss_stops_before_the_step(

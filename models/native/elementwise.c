@@ -42,32 +42,45 @@ int swiglu_backward(long rows, long width, const bf16 *pre, const bf16 *weights,
     return 0;
 }
 
-/* out = x / sqrt(mean(x^2) + eps) * weight in fp32, keeping the factor of every row. */
+/* out = x / sqrt(mean(x^2) + eps) * weight in fp32, keeping the factor of every row. Where out is NULL: the same rounded
+ * to bf16, in `rounded`. */
 int rms_norm_forward(long rows, long width, float eps, const float *x, const float *weight, float *restrict out,
-                     float *restrict inverse) {
+                     bf16 *restrict rounded, float *restrict inverse) {
     for (long row = 0; row < rows; row++) {
         const float *v = x + width * row;
         float sum = 0.0f;
         for (long i = 0; i < width; i++) sum += v[i] * v[i];
         float factor = 1.0f / sqrtf(sum / width + eps);
         inverse[row] = factor;
-        for (long i = 0; i < width; i++) out[width * row + i] = v[i] * factor * weight[i];
+        if (out != NULL)
+            for (long i = 0; i < width; i++) out[width * row + i] = v[i] * factor * weight[i];
+        else
+            for (long i = 0; i < width; i++) rounded[width * row + i] = narrow(v[i] * factor * weight[i]);
     }
     return 0;
 }
 
-/* Its backward pass; grad_weight must start at 0. */
+INLINE void rms_norm_row_backward(long width, float factor, const float *v, const float *weight, const float *g,
+                                  float *restrict grad_x, float *restrict grad_weight) {
+    float dot = 0.0f;
+    for (long i = 0; i < width; i++) {
+        dot += g[i] * weight[i] * v[i];
+        grad_weight[i] += g[i] * v[i] * factor;
+    }
+    const float along = dot * factor * factor * factor / width;
+    for (long i = 0; i < width; i++) grad_x[i] = g[i] * weight[i] * factor - v[i] * along;
+}
+
+/* Its backward pass, from a gradient in fp32 or, where that is NULL, in bf16. grad_weight must start at 0; room: (width). */
 int rms_norm_backward(long rows, long width, const float *x, const float *weight, const float *inverse,
-                      const float *grad, float *restrict grad_x, float *restrict grad_weight) {
+                      const float *grad, const bf16 *rounded, float *restrict room, float *restrict grad_x,
+                      float *restrict grad_weight) {
     for (long row = 0; row < rows; row++) {
-        const float *v = x + width * row, *g = grad + width * row;
-        float factor = inverse[row], dot = 0.0f;
-        for (long i = 0; i < width; i++) {
-            dot += g[i] * weight[i] * v[i];
-            grad_weight[i] += g[i] * v[i] * factor;
-        }
-        float along = dot * factor * factor * factor / width;
-        for (long i = 0; i < width; i++) grad_x[width * row + i] = g[i] * weight[i] * factor - v[i] * along;
+        const long at = width * row;
+        if (grad == NULL)
+            for (long i = 0; i < width; i++) room[i] = widen(rounded[at + i]);
+        rms_norm_row_backward(width, inverse[row], x + at, weight, grad == NULL ? room : grad + at, grad_x + at,
+                              grad_weight);
     }
     return 0;
 }
