@@ -273,7 +273,7 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
 
 
 def verdict(rows: list[dict[str, Any]]) -> list[str]:
-    """Per kernel how much faster the fallbacks are, and every case in which one is not."""
+    """Per kernel how much faster the fallbacks are, and every case in which one is not, or takes more memory."""
     lines = []
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
         ours = [row for row in rows if row["kernel"] == kernel and row["is_fallback"]]
@@ -282,11 +282,15 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
             f"**{kernel}: fallback {min(speeds):.2f} to {max(speeds):.2f} times as fast as the naive form, with "
             f"{min(memory):.0%} to {max(memory):.0%} of its peak memory.**"
         )
-        slow = [row for row in ours if row["speed"] <= 1]
-        cases = "; ".join(f"{row['form']}, {row['shape']}, {row['precision']} ({row['speed']:.2f})" for row in slow)
-        lines.append(f"Not faster: {cases}." if slow else "Faster in every case.")
-        lines.append("")
+        slow = _named([row for row in ours if row["speed"] <= 1], "speed")
+        large = _named([row for row in ours if row["memory"] > 1], "memory")
+        lines.append(f"Not faster: {slow}." if slow else "Faster in every case.")
+        lines += [f"More memory: {large}.", ""] if large else [""]
     return lines
+
+
+def _named(rows: list[dict[str, Any]], ratio: str) -> str:
+    return "; ".join(f"{row['form']}, {row['shape']}, {row['precision']} ({row[ratio]:.2f})" for row in rows)
 
 
 def report(rows: list[dict[str, Any]], threads: int) -> str:

@@ -105,4 +105,6 @@ def test_the_verdict_names_what_is_not_faster():
     assert verdict([naive, {**row, "speed": 1.5}])[1] == "Faster in every case."
     lines = verdict([naive, {**row, "speed": 1.5}, {**row, "shape": "T=2", "speed": 0.9}])
     assert "fallback 0.90 to 1.50 times as fast as the naive form, with 50% to 50% of its peak memory" in lines[0]
-    assert lines[1] == "Not faster: ours, T=2, fp32 (0.90)."
+    assert lines[1:] == ["Not faster: ours, T=2, fp32 (0.90).", ""]
+    lines = verdict([naive, {**row, "speed": 1.5, "memory": 1.25}])
+    assert lines[1:] == ["Faster in every case.", "More memory: ours, T=1, fp32 (1.25).", ""]
