@@ -67,9 +67,10 @@ generate: $(STAMP) ## continue a text with a trained model (RUN=runs/mine PROMPT
 params: $(STAMP) ## parameters, FLOPs and bytes per device of a preset (MODEL=engram_27b ARGS="--zero 1 --world-size 64")
 	@$(BIN)/python -m scripts.params $(or $(MODEL),tiny) $(ARGS)
 
-bench: $(STAMP) ## training step against Hugging Face, table sizes and dense AdamW; tables in benchmarks/results
+bench: $(STAMP) ## training step against Hugging Face, dense AdamW and table sizes; fallbacks of the kernels against naive forms
 	@$(BIN)/python -m scripts.bench_train $(ARGS)
 	@$(BIN)/python -m scripts.bench_memory $(ARGS)
+	@$(BIN)/python -m scripts.bench_kernels $(ARGS)
 
 # Makes no .venv: a machine with a GPU often comes with its own torch and Triton. PYTHON=... says which, or BIN=<folder>.
 bench-gpu: ## check and time the Triton kernels and training steps on a GPU; torch and Triton are enough (ARGS="--quick")

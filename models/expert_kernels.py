@@ -33,9 +33,10 @@ def swiglu_loop(tokens: Tensor, weights: Tensor, counts: Tensor, gate_up: Tensor
         (rows, D).
     """
     outputs = []
-    for expert, group in enumerate(tokens.split(counts.tolist())):
-        gate, up = (group @ gate_up[expert]).chunk(2, dim=-1)
-        outputs.append((F.silu(gate) * up) @ down[expert])
+    # The gradient of gate_up[expert] would be as large as that of all experts; that of unbind is put together once.
+    for group, into, out_of in zip(tokens.split(counts.tolist()), gate_up.unbind(), down.unbind(), strict=True):
+        gate, up = (group @ into).chunk(2, dim=-1)
+        outputs.append((F.silu(gate) * up) @ out_of)
     return torch.cat(outputs) * weights
 
 

@@ -6,10 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from models import native
-from models.kernels import launch
 from models.kernels.cross_entropy import chunked_cross_entropy
 
 # Targets with this value are not predicted: padding, and the first token of the next document.
@@ -92,7 +90,7 @@ class _NativeLinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Sum of `cross_entropy` over the logits hidden weight^T; kernels, where they can run, never hold all of them.
+    """Sum of `cross_entropy` over the logits hidden weight^T, which are never there at once.
 
     Args:
         hidden: (..., D).
@@ -105,6 +103,4 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     if weight.dtype == torch.float32 and native.matrices_available(hidden):
         with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
         return _NativeLinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), with_gradients)
-    if launch.can_run(hidden) and hidden.numel():
-        return chunked_cross_entropy(hidden.flatten(0, -2), weight, targets.flatten(), IGNORE_INDEX)
-    return cross_entropy(F.linear(hidden, weight), targets)[0]
+    return chunked_cross_entropy(hidden.flatten(0, -2), weight, targets.flatten(), IGNORE_INDEX)

@@ -8,13 +8,8 @@ as large as the table, and AdamW passes over all of it, once with `fused=True` a
 rounds in one process; the table goes to `benchmarks/results/`.
 """
 
-import argparse
 import itertools
-import json
-import os
-import platform
 import statistics
-import time
 from dataclasses import replace
 
 import torch
@@ -24,7 +19,8 @@ from models import native
 from models.engram import EngramConfig
 from models.loss import IGNORE_INDEX
 from models.ngram_hash import NgramHasher, num_rows
-from scripts.bench_train import BATCH, OUT, SEQ, VOCAB, Step, batches, measure, our_step, tiny
+from scripts.bench_common import arguments, load, machine, paired_ratio, write
+from scripts.bench_train import BATCH, SEQ, VOCAB, Step, batches, measure, our_step, tiny
 from train.allocator import keep_freed_memory
 from train.build import build_model
 from train.engine import EngineConfig, Precision, resolve_native
@@ -75,21 +71,17 @@ def dense_step(precision: Precision, engram: EngramConfig, fused: bool) -> Step:
 
 def report(seconds: dict[str, list[float]], rows: int, threads: int) -> tuple[str, dict[str, float]]:
     """The committed table, and the ratio of each form to ours."""
-    ratios = {
-        name: statistics.median(t / o for t, o in zip(times, seconds[OURS], strict=True))
-        for name, times in seconds.items()
-    }
+    ratios = {name: paired_ratio(times, seconds[OURS]) for name, times in seconds.items()}
     engram = memory(rows)
     parameters = sum(num_rows(engram).values()) * engram.row_dim
     lines = [
         "# Training step with memory tables on a CPU",
         "",
-        f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores, {threads} thread(s), torch "
-        f"{torch.__version__}; the model of `train_cpu_{threads}_threads.md` in bf16 with {len(engram.layers)} Engram "
+        f"{machine(threads)}; the model of `train_cpu_{threads}_threads.md` in bf16 with {len(engram.layers)} Engram "
         f"modules: {rows:,} rows for each of {engram.num_rows_per_token} heads, {engram.row_dim} wide, "
         f"{parameters / 1e6:.0f}M parameters in all; {BATCH} x {SEQ} tokens with new n-grams at every step; forward, "
         f"backward, clipping over everything, optimizer; median of {len(seconds[OURS])} interleaved rounds.",
-        f"Load of the machine: {', '.join(f'{x:.1f}' for x in os.getloadavg())} (1, 5, 15 minutes; this process is 1).",
+        load(),
         "",
         "| rows | milliseconds per step | ratio |",
         "|---|---|---|",
@@ -102,9 +94,7 @@ def report(seconds: dict[str, list[float]], rows: int, threads: int) -> tuple[st
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = arguments(__doc__)
     parser.add_argument("--rows", type=int, default=10**6, help="rows per hash head")
     args = parser.parse_args()
     keep_freed_memory()
@@ -117,11 +107,7 @@ def main() -> None:
     }
     seconds = measure(steps, args.rounds, warm_up=3)
     text, ratios = report(seconds, args.rows, args.threads)
-    OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / f"memory_cpu_{args.threads}_threads.md").write_text(text)
-    record = {"rows_per_head": args.rows, "ratios": ratios, "seconds": seconds}
-    (OUT / f"memory_cpu_{args.threads}_threads.json").write_text(json.dumps(record, indent=1))
-    print(text)
+    write("memory", args.threads, text, {"rows_per_head": args.rows, "ratios": ratios, "seconds": seconds})
 
 
 if __name__ == "__main__":

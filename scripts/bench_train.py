@@ -6,17 +6,11 @@ Everything is measured in one process, in interleaved rounds, and reported as me
 noisy, ratios within a round are not. The table goes to `benchmarks/results/`.
 """
 
-import argparse
 import itertools
-import json
-import os
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +22,7 @@ from models.memory_table import LocalTable, MemoryOptimConfig
 from models.moe import MoEConfig
 from models.ngram_hash import NgramHasher, num_rows
 from models.transformer import TransformerConfig
+from scripts.bench_common import arguments, load, machine, paired_ratio, seconds_of, timed_rounds, write
 from train.allocator import keep_freed_memory
 from train.build import Memory, build_model
 from train.data import Batch, DataConfig, TrainBatches
@@ -38,7 +33,6 @@ from train.shards import DataError
 
 BATCH, SEQ, VOCAB = 16, 256, 4096
 NUM_BATCHES = 16  # both sides go through the same ones, in turn
-OUT = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 Step = Callable[[], float]
 WARM_UP = 10  # steps before the measured rounds
 SLOW = 4  # peers that need more than this many times our step are timed once, outside the rounds
@@ -142,18 +136,12 @@ def hugging_face_step(precision: Precision, experts: str, compiled: bool) -> Ste
 
 
 def measure(steps: dict[str, Step], rounds: int, warm_up: int = WARM_UP) -> dict[str, list[float]]:
-    """Seconds of each step, in interleaved rounds."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    """Seconds of each step, in interleaved rounds after a warm-up."""
     for name, step in steps.items():
         for _ in range(warm_up):
             loss = step()
         print(f"  ready: {name} (loss {loss:.3f})", flush=True)
-    for _ in range(rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+    return timed_rounds(steps, rounds)
 
 
 def candidates(precision: Precision, with_compile: bool) -> tuple[dict[str, Step], dict[str, float]]:
@@ -163,7 +151,7 @@ def candidates(precision: Precision, with_compile: bool) -> tuple[dict[str, Step
     """
     ours = our_step(precision)
     steps, slow = {"ours": ours}, {}
-    limit = SLOW * min(_seconds(ours) for _ in range(3))
+    limit = SLOW * min(seconds_of(ours) for _ in range(3))
     for experts in ("grouped_mm", "eager", "batched_mm"):
         for compiled in (False, True) if with_compile else (False,):
             name = f"Hugging Face Dots1, {experts}, {'compiled' if compiled else 'eager'}"
@@ -174,7 +162,7 @@ def candidates(precision: Precision, with_compile: bool) -> tuple[dict[str, Step
                 torch._dynamo.reset()
                 step = hugging_face_step(precision, experts, compiled)
                 step()
-                taken = _seconds(step)
+                taken = seconds_of(step)
             except Exception as error:  # a peer's variant that does not run is reported, not hidden
                 print(f"  does not run: {name}: {type(error).__name__}: {str(error).splitlines()[0][:120]}", flush=True)
                 continue
@@ -185,12 +173,6 @@ def candidates(precision: Precision, with_compile: bool) -> tuple[dict[str, Step
     return steps, slow
 
 
-def _seconds(step: Step) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
 def peers(precision: Precision, rounds: int, with_compile: bool) -> list[dict[str, Any]]:
     """Rows of the table for one precision."""
     steps, slow = candidates(precision, with_compile)
@@ -198,7 +180,7 @@ def peers(precision: Precision, rounds: int, with_compile: bool) -> list[dict[st
     tokens = BATCH * SEQ
     rows = [
         {"precision": precision.value, "name": name, "tokens_per_second": tokens / statistics.median(times),
-         "ratio": statistics.median(t / o for t, o in zip(times, seconds["ours"], strict=True))}
+         "ratio": paired_ratio(times, seconds["ours"])}
         for name, times in seconds.items()
     ]  # fmt: skip
     ours = statistics.median(seconds["ours"])
@@ -220,7 +202,7 @@ def table_growth(precision: Precision, rounds: int) -> list[dict[str, Any]]:
     names = list(steps)
     result = []
     for previous, name in zip([names[0], *names], names, strict=False):
-        ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[previous], strict=True))
+        ratio = paired_ratio(seconds[name], seconds[previous])
         median = statistics.median(seconds[name])
         result.append({"rows": name, "milliseconds": 1e3 * median, "ratio_to_tenth": ratio})
     return result
@@ -233,12 +215,11 @@ def report(rows: list[dict[str, Any]], growth: list[dict[str, Any]], threads: in
     lines = [
         "# Training step on a CPU",
         "",
-        f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores, {threads} thread(s), torch "
-        f"{torch.__version__}, transformers {transformers.__version__}; {BATCH} x {SEQ} tokens, d_model 128, 4 layers, "
+        f"{machine(threads)}, transformers {transformers.__version__}; {BATCH} x {SEQ} tokens, d_model 128, 4 layers, "
         f"64 experts of width 64, top-4, two shared, vocabulary {VOCAB}; forward, backward, clipping, AdamW; median of "
         f"{rounds} interleaved rounds after {WARM_UP} steps on text. glibc keeps freed memory in the process "
         "(`train/allocator.py`), for all sides.",
-        f"Load of the machine: {', '.join(f'{x:.1f}' for x in os.getloadavg())} (1, 5, 15 minutes; this process is 1).",
+        load(),
         "",
         "| precision | implementation | tokens/s | ours is faster by |",
         "|---|---|---|---|",
@@ -256,9 +237,7 @@ def report(rows: list[dict[str, Any]], growth: list[dict[str, Any]], threads: in
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = arguments(__doc__)
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled peers")
     args = parser.parse_args()
     keep_freed_memory()
@@ -266,10 +245,7 @@ def main() -> None:
     rows = [row for p in (Precision.bf16, Precision.fp32) for row in peers(p, args.rounds, not args.no_compile)]
     growth = table_growth(Precision.bf16, args.rounds)
     text = report(rows, growth, args.threads, args.rounds)
-    OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / f"train_cpu_{args.threads}_threads.md").write_text(text)
-    (OUT / f"train_cpu_{args.threads}_threads.json").write_text(json.dumps({"peers": rows, "rows": growth}, indent=1))
-    print(text)
+    write("train", args.threads, text, {"peers": rows, "rows": growth})
 
 
 if __name__ == "__main__":

@@ -257,15 +257,12 @@ def test_checkpointing_keeps_the_inputs_and_one_block(name, like_a_gpu):
     "name", ["dense", "grouped_mm", "moe_softmax", "moe_gshard", "moe_switch", "hyper", "over_encoding"]
 )
 def test_parts_that_a_cpu_computes_alike(name):
-    """Real tensors. The definition of the head keeps more than its kernel, and so does that of the gate."""
+    """Real tensors. The definition of the gate keeps more than its kernel."""
     cfg = replace(CONFIGS[name], seq_len=softmax_attention.MATERIALIZE_UP_TO + 8)
     if cfg.moe is not None:
         cfg = with_moe(cfg, expert_kernel=ExpertKernel.grouped_mm)
     kept, expected = measure(tiny_model(cfg)), activation_bytes(cfg, BATCH)
-    assert kept.parts.keys() == expected.keys()
-    for part in expected.keys() - {"head"}:
-        assert kept.parts[part] == expected[part], part
-    assert kept.parts["head"] > expected["head"]
+    assert kept.parts == expected
 
 
 @pytest.mark.parametrize("name", ["engram", "no_convolution", "hyper_fused"])

@@ -1,4 +1,7 @@
-"""The chunked cross-entropy's kernel, interpreted, against the definition in fp64: loss and both gradients."""
+"""The chunked cross-entropy against the definition in fp64, with its kernel interpreted and in torch."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
@@ -14,6 +17,12 @@ from tests.tiny import relative_error
 F32, BF16 = torch.float32, torch.bfloat16
 # fp32 sums in another order; in bf16 the logits' gradient is rounded, by the interpreter towards zero (2^-7).
 TOLERANCE = {F32: 2e-6, BF16: 2**-7}
+Way = Callable[[], AbstractContextManager[None]]
+
+
+@pytest.fixture(params=["kernel", "torch"])
+def way(request) -> Way:
+    return interpreted_kernels if request.param == "kernel" else nullcontext
 
 
 def head_case(tokens: int, width: int, vocab: int, dtype: torch.dtype, scale: float = 3.0) -> list[Tensor]:
@@ -27,12 +36,12 @@ def head_case(tokens: int, width: int, vocab: int, dtype: torch.dtype, scale: fl
     return [hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets]
 
 
-def check(case: list[Tensor]) -> None:
+def check(case: list[Tensor], way: Way) -> None:
     *leaves, targets = case
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     expected = cross_entropy(F.linear(*exact), targets)[0]
     references = torch.autograd.grad(expected / 7, exact)
-    with interpreted_kernels():
+    with way():
         nats = linear_cross_entropy(*leaves, targets)
         assert "ChunkedCrossEntropy" in type(nats.grad_fn).__name__ and nats.dtype == F32 and nats.shape == ()
         gradients = torch.autograd.grad(nats / 7, leaves)
@@ -44,42 +53,43 @@ def check(case: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("sizes", [(1, 8, 3), (7, 33, 64), (5, 24, 301)])
-def test_loss_and_gradients(sizes, dtype, monkeypatch):
+def test_loss_and_gradients(sizes, dtype, way, monkeypatch):
     monkeypatch.setattr(cross_entropy_triton, "BLOCK", 128)  # the last size takes three blocks, the last one not full
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 2 * 301 * 4)  # and two to four tokens a chunk
-    check(head_case(*sizes, dtype))
+    monkeypatch.setattr(chunked, "CPU_ROWS", 3)
+    check(head_case(*sizes, dtype), way)
 
 
-def test_the_blocks_that_gpus_take():
-    check(head_case(2, 8, cross_entropy_triton.BLOCK + 77, BF16))
+def test_the_blocks_that_gpus_take(way):
+    check(head_case(2, 8, cross_entropy_triton.BLOCK + 77, BF16), way)
 
 
-def test_logits_far_apart():
+def test_logits_far_apart(way):
     hidden, weight = torch.ones(2, 1, requires_grad=True), torch.tensor([[1e4], [-1e4], [0.0]], requires_grad=True)
-    check([hidden, weight, torch.tensor([1, 0])])
+    check([hidden, weight, torch.tensor([1, 0])], way)
 
 
-def test_everything_ignored_costs_nothing_whatever_the_logits():
+def test_everything_ignored_costs_nothing_whatever_the_logits(way):
     hidden = torch.full((3, 4), float("inf"), requires_grad=True)
     weight = torch.randn(5, 4, requires_grad=True)
-    with interpreted_kernels():
+    with way():
         nats = linear_cross_entropy(hidden, weight, torch.full((3,), IGNORE_INDEX))
         grad_hidden, _ = torch.autograd.grad(nats, (hidden, weight))
     assert nats.item() == 0.0 and not grad_hidden.any()
 
 
 @pytest.mark.parametrize("target", [-1, 70, 1000])
-def test_a_target_outside_the_vocabulary_gives_a_broken_loss(target):
+def test_a_target_outside_the_vocabulary_gives_a_broken_loss(target, way):
     hidden, weight = torch.randn(3, 32), torch.randn(70, 32)
-    with interpreted_kernels():
+    with way():
         assert linear_cross_entropy(hidden, weight, torch.tensor([1, target, 2])).isnan()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's numpy sees infinities cancel
-def test_a_broken_hidden_state_gives_a_broken_loss():
+def test_a_broken_hidden_state_gives_a_broken_loss(way):
     hidden, weight = torch.randn(3, 32), torch.randn(70, 32)
     hidden[1, 3] = float("nan")
-    with interpreted_kernels():
+    with way():
         assert linear_cross_entropy(hidden, weight, torch.tensor([1, 1, 2])).isnan()
 
 
@@ -103,9 +113,9 @@ def test_without_gradients_none_are_computed(monkeypatch):
     assert torch.equal(only_hidden, grad_hidden) and torch.equal(again, grad_hidden)
 
 
-def test_autocast_decides_the_type_of_the_matmuls():
+def test_autocast_decides_the_type_of_the_matmuls(way):
     hidden, weight, targets = head_case(5, 8, 40, F32)
-    with interpreted_kernels():
+    with way():
         with torch.autocast("cpu", BF16):
             nats = linear_cross_entropy(hidden, weight, targets)
         gradients = torch.autograd.grad(nats, (hidden, weight))
@@ -113,24 +123,25 @@ def test_autocast_decides_the_type_of_the_matmuls():
         references = torch.autograd.grad(expected, (hidden, weight))
     assert torch.equal(nats, expected) and [gradient.dtype for gradient in gradients] == [F32, F32]
     assert torch.equal(gradients[0], references[0])
-    assert torch.equal(gradients[1].bfloat16().float(), references[1])  # not rounded on its way to an fp32 weight
+    assert torch.equal(gradients[1].bfloat16().float(), references[1])
 
 
-def test_the_weights_gradient_is_summed_in_fp32(monkeypatch):
+def test_the_weights_gradient_is_summed_in_fp32(way, monkeypatch):
     """One chunk adds 128, the others a quarter each: in bf16 the sum would not grow."""
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(chunked, "CPU_ROWS", 1)
     hidden = torch.full((33, 1), 0.5, dtype=BF16)
     hidden[0] = 256.0
     weight = torch.zeros(2, 1, dtype=BF16, requires_grad=True)
-    with interpreted_kernels():
+    with way():
         nats = linear_cross_entropy(hidden, weight, torch.ones(33, dtype=torch.int64))
         (gradient,) = torch.autograd.grad(nats, weight)
     assert gradient.tolist() == [[136.0], [-136.0]]  # (256 + 32 * 0.5) * (softmax 0.5 - onehot)
 
 
-def test_torch_compile_takes_the_chunks_as_one_operator():
+def test_torch_compile_takes_the_chunks_as_one_operator(way):
     *leaves, targets = head_case(4, 8, 20, F32)
-    with interpreted_kernels():
+    with way():
         expected = linear_cross_entropy(*leaves, targets)
         references = torch.autograd.grad(expected, leaves)
         actual = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)(*leaves, targets)

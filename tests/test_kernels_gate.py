@@ -1,7 +1,9 @@
-"""The Engram gate's kernels, interpreted, against the definition in fp64: output, gates and every gradient."""
+"""The Engram gate, its kernels interpreted and in torch, against the definition in fp64: output, gates, gradients."""
 
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ from torch import Tensor
 
 from models.engram import GATE_NORM_EPS, Engram, EngramConfig
 from models.initialize import initialize
-from models.kernels import gate_triton, launch
+from models.kernels import gate as gate_module
+from models.kernels import gate_torch, gate_triton, launch
 from models.kernels.gate import MAX_WIDTH, bytes_moved, engram_gate, engram_gate_definition
 from tests.interpreted import interpreted_kernels
 from tests.tiny import relative_error
@@ -19,6 +22,13 @@ F32, BF16 = torch.float32, torch.bfloat16
 NAMES = ("hidden", "value_keys", "hidden_norm", "key_norm")
 # Every result is rounded once, from fp32. To bf16 the interpreter rounds towards zero, by at most 2^-7 of a value.
 TOLERANCE = {F32: 5e-6, BF16: 2**-7}
+Way = Callable[[], AbstractContextManager[None]]
+
+
+@pytest.fixture(params=["kernel", "torch"])
+def way(request, monkeypatch) -> Way:
+    monkeypatch.setattr(gate_torch, "CHUNK_ELEMENTS", 3 * 4 * 33)  # three tokens a part, or fewer
+    return interpreted_kernels if request.param == "kernel" else nullcontext
 
 
 def gate_case(tokens: tuple[int, ...], branches: int, width: int, *dtypes: torch.dtype) -> dict[str, Tensor]:
@@ -38,12 +48,12 @@ def gate_case(tokens: tuple[int, ...], branches: int, width: int, *dtypes: torch
     return inputs
 
 
-def check(inputs: dict[str, Tensor], residual: bool) -> None:
+def check(inputs: dict[str, Tensor], residual: bool, way: Way) -> None:
     leaves = [inputs[name].clone().requires_grad_() for name in NAMES]
     exact = [inputs[name].double().requires_grad_() for name in NAMES]
     expected = engram_gate_definition(*exact, GATE_NORM_EPS, residual)
     upstream = [torch.randn(result.shape) for result in expected]
-    with interpreted_kernels():
+    with way():
         actual = engram_gate(*leaves, GATE_NORM_EPS, residual)
         upstream[0] = upstream[0].to(actual[0].dtype)
         gradients = torch.autograd.grad(actual, leaves, upstream)
@@ -72,15 +82,15 @@ def check(inputs: dict[str, Tensor], residual: bool) -> None:
         ((1, 2), 4, 4096, (BF16, BF16, F32), False),  # the widest row; bf16 rows under norms in fp32
     ],
 )
-def test_gate(tokens, branches, width, dtypes, residual):
-    check(gate_case(tokens, branches, width, *dtypes), residual)
+def test_gate(tokens, branches, width, dtypes, residual, way):
+    check(gate_case(tokens, branches, width, *dtypes), residual, way)
 
 
-def test_a_similarity_of_zero_has_a_gate_of_one_half_and_no_gradient():
+def test_a_similarity_of_zero_has_a_gate_of_one_half_and_no_gradient(way):
     inputs = gate_case((1, 3), 2, 40, F32, F32, F32)
     inputs["value_keys"][:, :, 1:] = 0
     leaves = [inputs[name].requires_grad_() for name in NAMES]
-    with interpreted_kernels():
+    with way():
         out, gate = engram_gate(*leaves, GATE_NORM_EPS)
         gradients = torch.autograd.grad(out.sum() + gate.sum(), leaves)
     assert torch.equal(gate, torch.full((1, 3, 2), 0.5))
@@ -90,20 +100,20 @@ def test_a_similarity_of_zero_has_a_gate_of_one_half_and_no_gradient():
 
 
 @pytest.mark.parametrize("name", ["hidden", "value_keys"])
-def test_a_broken_row_breaks_its_own_token_only(name):
+def test_a_broken_row_breaks_its_own_token_only(name, way):
     inputs = gate_case((1, 3), 2, 40, F32, F32, F32)
     inputs[name][0, 1, -1, 7] = float("nan")
-    with interpreted_kernels():
+    with way():
         out, gate = engram_gate(*inputs.values(), GATE_NORM_EPS)
     assert out[0, 1, 1].isnan().all() and gate[0, 1, 1].isnan()
     assert out.isfinite().sum() == out.numel() - 40 and gate.isfinite().sum() == gate.numel() - 1
 
 
-def test_strides_do_not_matter():
+def test_strides_do_not_matter(way):
     inputs = gate_case((2, 2), 2, 40, F32, F32, F32)
     strided = {name: x.transpose(-1, 0).contiguous().transpose(-1, 0) for name, x in inputs.items()}
     assert not any(x.is_contiguous() for x in strided.values())
-    with interpreted_kernels():
+    with way():
         expected = engram_gate(*inputs.values(), GATE_NORM_EPS, True)
         for a, b in zip(engram_gate(*strided.values(), GATE_NORM_EPS, True), expected, strict=True):
             assert torch.equal(a, b)
@@ -139,11 +149,16 @@ def test_torch_compile_takes_the_kernels_as_operators():
 
 
 @pytest.mark.parametrize("width", [MAX_WIDTH, MAX_WIDTH + 1])
-def test_rows_too_wide_for_the_kernels_take_the_definition(width):
-    inputs = [x.requires_grad_() for x in gate_case((1, 1), 1, width, F32, F32, F32).values()]
+def test_rows_too_wide_for_the_kernels_take_the_passes_in_torch(width):
     with interpreted_kernels():
-        _, gate = engram_gate(*inputs, GATE_NORM_EPS)
-    assert ("EngramGate" in str(gate.grad_fn.next_functions)) == (width == MAX_WIDTH)
+        passes = gate_module._passes(torch.zeros(1, 1, width))
+    assert passes is (gate_triton if width == MAX_WIDTH else gate_torch)
+
+
+def test_fp64_is_not_rounded_on_its_way():
+    inputs = {name: x.double() for name, x in gate_case((1, 3), 2, 8, F32, F32, F32).items()}
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    assert torch.autograd.gradcheck(lambda *x: engram_gate(*x, GATE_NORM_EPS, True), leaves)
 
 
 def test_shapes_that_do_not_belong_together():
@@ -179,8 +194,9 @@ def test_without_triton_the_models_run():
     subprocess.run([sys.executable, "-c", command], cwd=Path(__file__).parent.parent, check=True)
 
 
-def test_on_a_cpu_the_definition_runs():
+def test_without_kernels_what_torch_compile_fuses_is_the_definition():
     inputs = gate_case((1, 2), 2, 40, F32, F32, F32).values()
     assert not launch.can_run(torch.zeros(1)) and not launch.can_run(torch.zeros(1, device="meta"))
-    for a, b in zip(engram_gate(*inputs, GATE_NORM_EPS), engram_gate_definition(*inputs, GATE_NORM_EPS), strict=True):
+    compiled = torch.compile(engram_gate, backend="eager", fullgraph=True)(*inputs, GATE_NORM_EPS)
+    for a, b in zip(compiled, engram_gate_definition(*inputs, GATE_NORM_EPS), strict=True):
         assert torch.equal(a, b)

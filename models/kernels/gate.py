@@ -1,10 +1,12 @@
 """The Engram gate: both norms, their dot product, signed square root, sigmoid, and the value scaled by it, in one pass.
 
 The definition needs about ten passes over tensors of the size of the residual branches, the kernels
-(`gate_triton.py`) one forward and one backward, so their speed is that of the memory; see `bytes_moved`.
+(`gate_triton.py`) one forward and one backward, so their speed is that of the memory; see `bytes_moved`. Where they
+cannot run, `gate_torch.py` does the same in plain torch, part by part.
 """
 
 import math
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from models.kernels import launch
+from models.kernels import gate_torch, launch
 
 # Widest row that the kernels keep in registers.
 MAX_WIDTH = 4096
@@ -29,7 +31,7 @@ def signed_sqrt_gate(similarity: Tensor) -> Tensor:
 def engram_gate_definition(
     hidden: Tensor, value_keys: Tensor, hidden_norm: Tensor, key_norm: Tensor, eps: float, residual: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """What `engram_gate` computes, in plain torch."""
+    """What `engram_gate` computes, as its equations say it."""
     width, branches = hidden.shape[-1], hidden.shape[-2]
     value, keys = value_keys.split((1, branches), dim=-2)  # (B, S, 1, D), (B, S, J, D)
     query = F.rms_norm(hidden, (width,), eps=eps) * (hidden_norm * key_norm)
@@ -39,15 +41,26 @@ def engram_gate_definition(
     return (hidden + update if residual else update), gate
 
 
+def _kernel_runs(hidden: Tensor) -> bool:
+    return launch.can_run(hidden) and hidden.shape[-1] <= MAX_WIDTH
+
+
+def _passes(hidden: Tensor) -> ModuleType:
+    """The module whose `forward` and `backward` run where `hidden` is."""
+    if _kernel_runs(hidden):
+        from models.kernels import gate_triton
+
+        return gate_triton
+    return gate_torch
+
+
 @torch.library.custom_op("engram_lab::gate_forward", mutates_args=())
 def _gate_forward(
     hidden: Tensor, value_keys: Tensor, hidden_norm: Tensor, key_norm: Tensor, eps: float, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, gates and statistics; an operator of its own, so that torch.compile need not look inside."""
-    from models.kernels import gate_triton
-
     out = torch.empty_like(hidden, dtype=_out_dtype(hidden, value_keys, hidden_norm, key_norm))
-    return out, *gate_triton.forward(hidden, value_keys, hidden_norm, key_norm, eps, residual, out)
+    return out, *_passes(hidden).forward(hidden, value_keys, hidden_norm, key_norm, eps, residual, out)
 
 
 @_gate_forward.register_fake
@@ -64,10 +77,9 @@ def _gate_backward(
     grad_out: Tensor, grad_gates: Tensor, hidden: Tensor, value_keys: Tensor, hidden_norm: Tensor, key_norm: Tensor,
     statistics: Tensor, residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from models.kernels import gate_triton
-
     inputs = (hidden, value_keys, hidden_norm, key_norm)
-    return gate_triton.backward(grad_out, grad_gates, *inputs, statistics, residual)
+    grads: tuple[Tensor, Tensor, Tensor] = _passes(hidden).backward(grad_out, grad_gates, *inputs, statistics, residual)
+    return grads
 
 
 @_gate_backward.register_fake
@@ -120,7 +132,8 @@ def engram_gate(
 
     Engram, arXiv 2601.07372, eqs 4 and 6, with the signed square root of the official codes. `norm` is RMSNorm with
     the branch's weights. On a GPU with Triton one kernel per direction, in fp32 inside, whose result is the same to the
-    bit from call to call on one kind of device; elsewhere, and for D above MAX_WIDTH, the definition.
+    bit from call to call on one kind of device; elsewhere, and for D above MAX_WIDTH, the same passes in plain torch.
+    The definition runs in fp64, and where torch.compile fuses it without Triton kernels.
 
     Args:
         hidden: (B, S, J, D).
@@ -133,7 +146,7 @@ def engram_gate(
 
     Returns:
         (B, S, J, D) in the type that torch's promotion of all inputs gives, and the gates (B, S, J) in (0, 1), fp32
-        from the kernel.
+        unless the definition ran.
 
     Raises:
         ValueError: if the shapes do not belong together.
@@ -143,7 +156,8 @@ def engram_gate(
     expected = ((*hidden.shape[:-2], 1 + branches, width), (branches, width), (branches, width))
     if shapes != expected:
         raise ValueError(f"value_keys, hidden_norm and key_norm have shapes {shapes}, must have {expected}")
-    if not launch.can_run(hidden) or width > MAX_WIDTH or hidden.numel() == 0:
+    compiling = torch.compiler.is_compiling() and not _kernel_runs(hidden)
+    if compiling or hidden.dtype == torch.float64 or hidden.numel() == 0:
         return engram_gate_definition(hidden, value_keys, hidden_norm, key_norm, eps, residual)
     flat = (hidden.flatten(0, -3).contiguous(), value_keys.flatten(0, -3).contiguous())  # (T, J, D), (T, 1 + J, D)
     out, gates = _EngramGate.apply(*flat, hidden_norm.contiguous(), key_norm.contiguous(), eps, residual)
