@@ -5,8 +5,9 @@
  */
 #include "tiles.h"
 
-/* Columns of one block: the weights, logits and gradients of a block stay in a second-level cache of 1 MiB. */
-enum { ROWS = 128, COLUMNS = 512, MOST_LOGITS = 1 << 19 };
+/* Columns of a block of gradients: with their weights they stay in a second-level cache of 1 MiB. Logits there at once:
+ * 1 MiB of them, half of such a cache where there is a matrix unit. */
+enum { ROWS = 128, COLUMNS = 512, MOST_LOGITS = 1 << 18 };
 
 /* x (T, D) -> rows (padded T, padded D), which are zero. Of tokens with scale 0 nothing is read, so that a broken state
  * where nothing is predicted stays without effect. */
@@ -33,7 +34,7 @@ static inline float exponential_row(long count, float shift, float *restrict log
     return sum_of(sum);
 }
 
-/* Tokens whose logits are there at once: as many as keep these within 2 MiB. */
+/* Tokens whose logits are there at once. */
 static inline long tokens_at_once(long columns) {
     const long rows = MOST_LOGITS / columns / BLOCK * BLOCK;
     return rows < BLOCK ? BLOCK : rows > ROWS ? ROWS : rows;
