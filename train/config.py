@@ -53,7 +53,14 @@ def compose_config(folder: Path | None, name: str, overrides: list[str]) -> Conf
     Raises:
         ValueError: one line with the setting, its value, and the name that was perhaps meant.
     """
-    return compose(Config, "train_schema", name, overrides, folder)
+    config = compose(Config, "train_schema", name, overrides, folder)
+    idle = next((word for word in overrides if word.startswith("model.moe.num_shared_experts=")), None)
+    if idle is not None and config.model.moe is not None and config.model.moe.shared_widths is not None:
+        raise ValueError(
+            f"{idle} has no effect beside model.moe.shared_widths={config.model.moe.shared_widths}, which gives the "
+            "width of the shared expert layer by layer; set model.moe.shared_widths=null too, or change the widths"
+        )
+    return config
 
 
 def load_config(path: Path) -> Config:
