@@ -58,7 +58,7 @@ import: $(STAMP) ## a Hugging Face DeepSeek-V3 or Dots1, or a run without memory
 	@$(BIN)/python -m scripts.import_hf "$(FROM)" "$(TO)" $(ARGS)
 
 continue: $(STAMP) ## train on from an import's or a run's weights (FROM=imports/x ARGS="run_dir=runs/mine train.max_steps=200")
-	@$(BIN)/python -m train.pretrain --config-path "$(FROM)" --config-name config init_from="$(FROM)" init_sha256=null run_dir="$(FROM:%/=%)-continued" $(ARGS)
+	@$(BIN)/python -m train.pretrain --config-path "$(FROM)" --config-name config init_from="$(FROM)" init_sha256=null init_changes=[] run_dir="$(FROM:%/=%)-continued" $(ARGS)
 
 generate: export ENGRAM_PROMPT = $(value PROMPT)
 generate: $(STAMP) ## continue a text with a trained model (RUN=runs/mine PROMPT='def main(')

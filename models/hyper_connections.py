@@ -5,6 +5,7 @@ needs no parameters, and the norm that follows does not tell it from the sum. Th
 projection of its own, which no paper describes.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,10 +42,10 @@ class HyperConnectionsConfig:
             raise ValueError(
                 f"hyper_connections.sinkhorn_iterations={self.sinkhorn_iterations} must be at least 1; nearest: 1"
             )
-        if self.gate_init <= 0 or self.norm_eps <= 0:
+        if not (0 < self.gate_init < math.inf and 0 < self.norm_eps < math.inf):
             raise ValueError(
                 f"hyper_connections.gate_init={self.gate_init} and hyper_connections.norm_eps={self.norm_eps} must be "
-                "positive; usual: 0.01 and 1e-20"
+                "positive and finite; usual: 0.01 and 1e-20"
             )
 
     @property

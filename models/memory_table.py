@@ -1,5 +1,6 @@
 """Memory tables: rows outside the model, with a lazy row-wise Adam."""
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -33,10 +34,10 @@ class MemoryOptimConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"memory.{name}={getattr(self, name)} must be in [0, 1); usual: 0.9 and 0.95")
-        if self.eps <= 0:
-            raise ValueError(f"memory.eps={self.eps} must be positive; usual: 1e-8")
-        if self.lr_multiplier < 0:
-            raise ValueError(f"memory.lr_multiplier={self.lr_multiplier} must not be negative; usual: 5.0")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"memory.eps={self.eps} must be positive and finite; usual: 1e-8")
+        if not 0 <= self.lr_multiplier < math.inf:
+            raise ValueError(f"memory.lr_multiplier={self.lr_multiplier} must not be negative, and finite; usual: 5.0")
         if self.frozen:
             for name in ("lr_multiplier", "beta1", "beta2", "eps", "step_count"):
                 default = getattr(MemoryOptimConfig, name)

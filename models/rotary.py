@@ -27,11 +27,12 @@ class YarnConfig:
     mscale_all_dim: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.scale <= 1:
+        if not 1 < self.scale < math.inf:
             raise ValueError(
-                f"rotary.yarn.scale={self.scale} must be more than 1, or nothing is stretched; leave rotary.yarn null"
+                f"rotary.yarn.scale={self.scale} must be more than 1, or nothing is stretched, and finite; "
+                "leave rotary.yarn null"
             )
-        if not 0 < self.alpha < self.beta:
+        if not 0 < self.alpha < self.beta < math.inf:
             raise ValueError(
                 f"rotary.yarn.alpha={self.alpha} must lie between 0 and rotary.yarn.beta={self.beta}; usual: 1 and 32"
             )
@@ -41,10 +42,10 @@ class YarnConfig:
                 f"rotary.yarn.original_seq_len={self.original_seq_len} is too short: in it even the fastest pair turns "
                 f"fewer than rotary.yarn.alpha={self.alpha} times; nearest: {shortest}"
             )
-        if self.mscale <= 0 or self.mscale_all_dim < 0:
+        if not (0 < self.mscale < math.inf and 0 <= self.mscale_all_dim < math.inf):
             raise ValueError(
                 f"rotary.yarn.mscale={self.mscale} must be positive and rotary.yarn.mscale_all_dim="
-                f"{self.mscale_all_dim} not negative; usual: 1.0 and 0.0"
+                f"{self.mscale_all_dim} not negative, both finite; usual: 1.0 and 0.0"
             )
         if self.mscale != 1 and self.mscale_all_dim == 0:
             raise ValueError(
@@ -65,8 +66,8 @@ class RotaryConfig:
     yarn: YarnConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.theta <= 0:
-            raise ValueError(f"rotary.theta={self.theta} must be positive; usual: 10000.0")
+        if not 0 < self.theta < math.inf:
+            raise ValueError(f"rotary.theta={self.theta} must be positive and finite; usual: 10000.0")
         if self.yarn is not None and self.theta <= 1:
             raise ValueError(
                 f"rotary.theta={self.theta} must be more than 1 with rotary.yarn, which takes its logarithm; "

@@ -3,6 +3,7 @@
 The routers it is compared with are in `baseline_routers`.
 """
 
+import math
 from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, NamedTuple
@@ -35,6 +36,8 @@ _READ_BY = {
     "balance_coef": {RouterKind.softmax, RouterKind.gshard, RouterKind.switch},
     "capacity_factor": {RouterKind.gshard, RouterKind.switch},
 }
+# Places per expert over an even share of the choices: with half of them, half of the choices are dropped at the best.
+MIN_CAPACITY_FACTOR = 0.5
 # Experts per token of the kinds that are defined for one number of them.
 _FIXED_TOP_K = {RouterKind.gshard: 2, RouterKind.switch: 1, RouterKind.hash: 1}
 
@@ -61,11 +64,16 @@ class RouterConfig:
         if self.top_k < 1:
             raise ValueError(f"router.top_k={self.top_k} must be at least 1; nearest: 1")
         for name in ("sequence_balance_coef", "bias_update_rate", "balance_coef"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"router.{name}={getattr(self, name)} must not be negative; nearest: 0.0")
-        for name, usual in (("route_scale", 1.0), ("capacity_factor", 1.25)):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"router.{name}={getattr(self, name)} must be positive; usual: {usual}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"router.{name}={getattr(self, name)} must not be negative, and finite; nearest: 0.0")
+        if not 0 < self.route_scale < math.inf:
+            raise ValueError(f"router.route_scale={self.route_scale} must be positive and finite; usual: 1.0")
+        if not MIN_CAPACITY_FACTOR <= self.capacity_factor < math.inf:
+            raise ValueError(
+                f"router.capacity_factor={self.capacity_factor} must be at least {MIN_CAPACITY_FACTOR} and finite: "
+                "below it even a perfectly balanced router drops most choices; "
+                f"nearest: {MIN_CAPACITY_FACTOR}, usual: 1.25"
+            )
         top_k = _FIXED_TOP_K.get(self.kind, self.top_k)
         if self.top_k != top_k:
             raise ValueError(

@@ -1,5 +1,6 @@
 """Decoder-only transformer: embed -> per layer: [engram] -> attention -> feed-forward or experts -> norm -> head."""
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -67,14 +68,20 @@ class TransformerConfig:
                 f"model.num_dense_layers={self.num_dense_layers} must be between 0 and "
                 f"model.num_layers={self.num_layers}; nearest: {nearest}"
             )
-        if self.init_std <= 0 or self.norm_eps <= 0:
+        if self.moe is not None and self.num_dense_layers == self.num_layers:
             raise ValueError(
-                f"model.init_std={self.init_std} and model.norm_eps={self.norm_eps} must be positive; "
-                "usual: 0.02 and 1e-6"
+                f"model.num_dense_layers={self.num_dense_layers} leaves no layer of model.num_layers={self.num_layers} "
+                f"to the experts of model.moe; nearest: {self.num_layers - 1}, or model.moe=null"
             )
-        if self.embedding_init_std is not None and self.embedding_init_std <= 0:
+        if not (0 < self.init_std < math.inf and 0 < self.norm_eps < math.inf):
             raise ValueError(
-                f"model.embedding_init_std={self.embedding_init_std} must be positive, or null: init_std; usual: 0.02"
+                f"model.init_std={self.init_std} and model.norm_eps={self.norm_eps} must be positive and "
+                "finite; usual: 0.02 and 1e-6"
+            )
+        if self.embedding_init_std is not None and not 0 < self.embedding_init_std < math.inf:
+            raise ValueError(
+                f"model.embedding_init_std={self.embedding_init_std} must be positive and finite, or null: init_std; "
+                "usual: 0.02"
             )
         if self.attention is not None and self.mla is not None:
             raise ValueError(
@@ -82,6 +89,12 @@ class TransformerConfig:
             )
         if self.attention is None and self.mla is None:
             raise ValueError("model.attention=null and model.mla=null leave layers without attention; set one of them")
+        if self.moe is not None and not self.moe.router.is_learned and self.moe.num_experts > self.vocab_size:
+            raise ValueError(
+                f"model.moe.num_experts={self.moe.num_experts} must be at most model.vocab_size={self.vocab_size} with "
+                "model.moe.router.kind=hash, which gives every token id one expert: the others would get none; "
+                f"nearest: {self.vocab_size}"
+            )
         if self.moe is not None and self.moe.shared_widths is not None:
             widths = self.moe.shared_widths
             if len(widths) != self.num_moe_layers:

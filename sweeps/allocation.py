@@ -157,12 +157,6 @@ def check_base(base: TransformerConfig, rho: float) -> MoEConfig:
         )
     if base.over_encoding is not None:
         raise AllocationError("model.over_encoding must be null in a sweep, which divides a budget with Engram")
-    if base.num_moe_layers == 0:
-        raise AllocationError(
-            f"model.num_dense_layers={base.num_dense_layers} must be below model.num_layers={base.num_layers}: with "
-            "dense layers alone there are no experts to divide; set model.num_dense_layers=0, or at most "
-            f"{base.num_layers - 1}"
-        )
     if base.moe.router.num_groups > 1:
         raise AllocationError(
             f"model.moe.router.num_groups={base.moe.router.num_groups} must be 1 in a sweep: arms differ by single "

@@ -30,7 +30,6 @@ CONFIGS = {
     "groups": tiny_config("moe", moe=MoEConfig(6, 8, router=RouterConfig(top_k=2, num_groups=3, top_groups=2))),
     "tied": tiny_config("moe_engram", tie_embeddings=True),
     "all_moe": tiny_config("moe_engram", num_dense_layers=0),
-    "moe_set_but_all_dense": tiny_config("moe", num_dense_layers=3),
     "qk_norm": tiny_config("dense", attention=AttentionConfig(num_heads=6, num_kv_heads=3, head_dim=6, qk_norm=True)),
     "mla": tiny_config("moe_engram_mla"),
     "mla_plain_queries": tiny_config("dense_mla", mla=MLAConfig(5, 12, None, 7, 6, 3)),

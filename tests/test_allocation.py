@@ -246,7 +246,6 @@ def test_nobody_to_pay() -> None:
             base(moe=MoEConfig(router=RouterConfig(num_groups=8, top_groups=4))),
             r"model\.moe\.router\.num_groups=8 must be 1 in a sweep",
         ),
-        (base(num_dense_layers=4), r"model\.num_dense_layers=4 must be below model\.num_layers=4.*or at most 3"),
     ],
 )
 def test_bases_that_are_no_pure_arm(shape: TransformerConfig, message: str) -> None:

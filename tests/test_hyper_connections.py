@@ -194,7 +194,8 @@ def test_one_stream_needs_no_connection():
     ("settings", "message"),
     [
         ({"sinkhorn_iterations": 0}, r"sinkhorn_iterations=0 must be at least 1; nearest: 1"),
-        ({"gate_init": 0.0}, r"gate_init=0.0 .* must be positive; usual: 0.01"),
+        ({"gate_init": 0.0}, r"gate_init=0.0 .* must be positive and finite; usual: 0.01"),
+        ({"gate_init": float("nan")}, r"gate_init=nan .* must be positive and finite"),
         ({"norm_eps": -1.0}, r"norm_eps=-1.0 must be positive"),
     ],
 )

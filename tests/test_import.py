@@ -354,6 +354,7 @@ def test_the_command(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     config = load_config(tmp_path / "to" / "config.yaml")
     assert config.model.engram is not None and config.model.engram.layers == [0, 2] and config.model.seq_len == 64
     assert config.optim.lr == 1e-4 and config.init_from == str(tmp_path / "to")
+    assert config.optim.muon_lr == pytest.approx(2e-2 * 2.2e-5 / 3e-3)  # no fresh model's rate either
     assert main(arguments) == 2
     assert "is there already and not empty" in capsys.readouterr().err
     overrides.write_text("- engram")

@@ -244,6 +244,8 @@ def test_cost_of_a_step_does_not_grow_with_the_rows():
     [
         ({"beta2": 1.0}, r"memory.beta2=1.0 must be in \[0, 1\)"),
         ({"eps": 0.0}, "memory.eps=0.0 must be positive"),
+        ({"eps": float("nan")}, "memory.eps=nan must be positive and finite"),
+        ({"lr_multiplier": float("nan")}, "memory.lr_multiplier=nan must not be negative, and finite"),
         ({"lr_multiplier": -1.0}, "memory.lr_multiplier=-1.0 must not be negative"),
         ({"frozen": True, "lr_multiplier": 1.0}, r"memory.lr_multiplier=1.0 has no effect.*nearest: 5.0"),
         ({"frozen": True, "step_count": StepCount.global_step}, r"memory.step_count=.*has no effect"),

@@ -4,15 +4,18 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from models.engram import EngramConfig
+from models.hyper_connections import HyperConnectionsConfig
 from models.mla import MLAConfig
 from models.moe import MoEConfig
 from models.rotary import RotaryConfig, YarnConfig
+from models.router import RouterConfig
 from train import identity
 from train.config import Config, compose_config, config_hash, load_config, to_plain, to_yaml
 from train.pretrain import main
@@ -118,6 +121,8 @@ def test_what_came_later_stands_at_its_default() -> None:
         ("train.max_steps=many", "train.max_steps"),
         ("optim.kind=sgd", "optim.kind"),
         ("train.max_steps=0", "train.max_steps=0"),
+        ("optim.lr=nan", "optim.lr=nan must be > 0 and finite"),
+        ("optim.grad_clip=nan", "optim.grad_clip=nan must be >= 0 and finite"),
         ("engine.zero_stage=3", "engine.zero_stage=3"),
         ("model.moe.num_experts=2", "num_experts=2"),
     ],
@@ -158,10 +163,28 @@ def test_unknown_setting_from_the_shell(tmp_path: Path) -> None:
         (["seed=1", "optim.kind=sgd"], "optim.kind=sgd: Invalid value 'sgd', expected one of .adamw, muon."),
         (["model=nope"], ".*'model/nope'; there are: .*tiny, tiny_arm.*"),
         (["train.max_steps"], "train.max_steps: a setting is given as name=value"),
-        (["model=tiny", "model.engram.table_size=3"], ".*model.engram.table_size=3: a setting below a part .* null.*"),
-        (["model.mla={num_heads: 4}"], ".*num_heads: 4}: a setting below a part .* null.*"),
+        (
+            ["model=tiny", "model.engram.table_size=3"],
+            "model.engram.table_size=3: model.engram is null; 'model.engram={table_size:3}' switches it on",
+        ),
+        (
+            ["model.moe=null", "model.moe.router.kind=hash"],
+            "model.moe.router.kind=hash: model.moe is null; 'model.moe={router:{kind:hash}}' switches it on",
+        ),
+        (["model.mla={num_heads: 4}"], "model.attention=.* has no effect beside model.mla=.*"),
+        (["model.mla={}", "model.attention=null"], "model.mla.num_heads: .* missing mandatory value: num_heads"),
+        (["model.mla={num_head: 4}"], "there is no setting model.mla.num_head; did you mean model.mla.num_heads?.*"),
+        (["+model.mla.num_heads=4"], ".*a setting below a part that is null; give the part itself first.*"),
+        (
+            ["model=tiny_arm", "model.moe.num_shared_experts=3"],
+            "model.moe.num_shared_experts=3 has no effect beside model.moe.shared_widths=.*; set .*=null too.*",
+        ),
+        (["seed=1,2"], "seed=1,2: Ambiguous value .*"),
         (["model.attention=null"], "model.attention=null and model.mla=null leave layers without attention.*"),
-        (["model.attention.rope_theta=5"], ".*there is no setting model.attention.rope_theta; did you mean .*"),
+        (
+            ["model.attention.rope_theta=5"],
+            ".*there is no setting model.attention.rope_theta any more; it is model.rotary.theta now: .*",
+        ),
         (["model.embedding_init_std=0"], "model.embedding_init_std=0.0 must be positive.*"),
         (["+engine.deepspeed.amp=true"], "engine.deepspeed.amp=True is refused.*"),
         (["--config-path", "nowhere"], "--config-path=nowhere .*there is no file nowhere/train.yaml"),
@@ -175,6 +198,42 @@ def test_wrong_arguments_end_in_one_line(
     err = capsys.readouterr().err
     assert re.fullmatch(f"error: {line.replace('?', '[?]')}\n", err), err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_parts_are_switched_on_from_the_command_line(tmp_path: Path, in_a_file: bool) -> None:
+    """On a preset that lacks them as on a configuration that was written out, in the order of the words."""
+    (tmp_path / "config.yaml").write_text(to_yaml(composed()))
+
+    def changed(*words: str) -> Config:
+        return compose_config(tmp_path, "config", list(words)) if in_a_file else composed(*words)
+
+    model = changed("model.hyper_connections={}", "model.engram={}").model
+    assert model.hyper_connections == HyperConnectionsConfig() and model.engram == EngramConfig()
+    words = [
+        "model.mla={num_heads:4,kv_rank:9}",
+        "model.mla.kv_rank=8",
+        "model.attention=null",
+        "model.mla={query_rank:7}",
+    ]
+    assert changed(*words).model.mla == MLAConfig(4, kv_rank=8, query_rank=7)
+    yarn = changed("model.rotary.yarn={scale:4,original_seq_len:64}").model.rotary.yarn
+    assert yarn == YarnConfig(4.0, 64)
+    moe = changed("model.moe=null", "model.moe={router:{top_k:2}}").model.moe
+    assert moe == MoEConfig(router=RouterConfig(top_k=2))  # with its defaults, not with what was there
+    assert changed("seed=1", "seed=2", "seed=1").seed == 1
+    assert changed("model.moe={num_experts:32}").model.moe == replace(composed().model.moe, num_experts=32)
+    assert changed("data.vocab_size=512", "model.vocab_size=${data.vocab_size}").model.vocab_size == 512
+    assert config_hash(changed("model.engram={}")) != config_hash(changed())
+
+
+def test_a_file_of_an_earlier_version_says_where_its_setting_went(tmp_path: Path) -> None:
+    plain = to_plain(composed())
+    plain["model"]["attention"]["rope_theta"] = 500.0
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain))
+    message = r"there is no setting model.attention.rope_theta any more; it is model.rotary.theta now: move its value"
+    with pytest.raises(ValueError, match=message):
+        load_config(tmp_path / "config.yaml")
 
 
 def test_a_wrong_setting_in_a_file_is_named(tmp_path: Path) -> None:

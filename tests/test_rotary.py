@@ -165,5 +165,10 @@ def test_bad_yarn_is_refused_with_a_remedy(settings, message):
 def test_bad_theta_is_refused():
     with pytest.raises(ValueError, match=r"rotary.theta=0.0 must be positive"):
         RotaryConfig(0.0)
+    for wrong in ("nan", "inf"):
+        with pytest.raises(ValueError, match=rf"rotary.theta={wrong} must be positive and finite"):
+            RotaryConfig(float(wrong))
+        with pytest.raises(ValueError, match=rf"rotary.yarn.scale={wrong} must be more than 1"):
+            YarnConfig(float(wrong), 64)
     with pytest.raises(ValueError, match=r"rotary.theta=1.0 must be more than 1 with rotary.yarn"):
         RotaryConfig(1.0, YarnConfig(2.0, 64))

@@ -182,7 +182,17 @@ def test_bias_rests_where_every_expert_is_always_chosen():
         ({"top_k": 0}, "top_k=0 must be at least 1"),
         ({"bias_update_rate": -1.0}, "bias_update_rate=-1.0 must not be negative"),
         ({"route_scale": 0.0}, "route_scale=0.0 must be positive"),
-        ({"capacity_factor": 0.0}, "capacity_factor=0.0 must be positive"),
+        ({"route_scale": float("nan")}, "route_scale=nan must be positive and finite"),
+        ({"bias_update_rate": float("nan")}, "bias_update_rate=nan must not be negative, and finite"),
+        ({"capacity_factor": 0.0}, r"capacity_factor=0.0 must be at least 0.5"),
+        (
+            {"kind": RouterKind.switch, "top_k": 1, "capacity_factor": 1e-9},
+            r"capacity_factor=1e-09 must be at least 0.5 .*nearest: 0.5",
+        ),
+        (
+            {"kind": RouterKind.switch, "top_k": 1, "capacity_factor": float("nan")},
+            r"capacity_factor=nan must be at least 0.5 and finite",
+        ),
         ({"num_groups": 0}, "num_groups=0 must be at least 1"),
         ({"top_groups": 2}, r"top_groups=2 must be between 1 and 1 with router.num_groups=1.*nearest: 1"),
         ({"num_groups": 4, "top_groups": 4}, r"top_groups=4 must be between 1 and 3.*limits nothing; nearest: 3"),

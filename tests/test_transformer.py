@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from models.loss import cross_entropy
-from models.moe import ExpertKernel
+from models.moe import ExpertKernel, MoEConfig
 from models.transformer import ActivationCheckpointing, Output, Transformer, TransformerConfig, gate_histogram
 from tests.tiny import ROUTERS, TinyMemory, relative_error, tiny_batch, tiny_config, tiny_model
 
@@ -224,7 +224,16 @@ def test_too_long_a_sequence_is_refused():
         ({"num_dense_layers": 9}, r"num_dense_layers=9 must be between 0 and model.num_layers=3; nearest: 3"),
         ({"d_model": 0}, r"d_model=0 must be at least 1"),
         ({"init_std": 0.0}, r"init_std=0.0"),
-        ({"num_layers": 1}, r"engram.layers=\[1\] must lie in 0..0 .*nearest: \[0\]"),
+        ({"init_std": float("nan")}, r"init_std=nan .* must be positive and finite"),
+        ({"norm_eps": float("nan")}, r"norm_eps=nan must be positive and finite"),
+        ({"norm_eps": float("inf")}, r"norm_eps=inf must be positive and finite"),
+        ({"embedding_init_std": float("nan")}, r"embedding_init_std=nan must be positive and finite"),
+        ({"num_dense_layers": 3}, r"num_dense_layers=3 leaves no layer of model.num_layers=3 .*nearest: 2, or .*null"),
+        (
+            {"moe": MoEConfig(62, 8, router=ROUTERS["moe_hash"])},
+            r"num_experts=62 must be at most model.vocab_size=61 with model.moe.router.kind=hash.*nearest: 61",
+        ),
+        ({"num_layers": 1, "num_dense_layers": 0}, r"engram.layers=\[1\] must lie in 0..0 .*nearest: \[0\]"),
     ],
 )
 def test_bad_shapes_are_refused_with_a_remedy(changes, message):

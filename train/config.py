@@ -23,7 +23,7 @@ from train.metrics import LogConfig
 from train.optim import OptimConfig
 from train.run_folder import SCHEMA_VERSION
 from train.schedule import ScheduleConfig
-from train.start import weights_sha256
+from train.start import tokenizer_for, weights_sha256
 
 
 @dataclass
@@ -42,6 +42,9 @@ class Config:
     run_dir: str = "runs/train"  # folder of this run, relative to the working directory
     init_from: str | None = None  # folder of an import or a run whose newest weights are the start; null: random ones
     init_sha256: str | None = None  # content of those weights, filled when a run is planned, checked at its start
+    # Settings that may differ from those of init_from although the weights then mean something else, each by its name:
+    # [model.rotary.yarn] to stretch positions, [data.tokenizer] to give the token ids another meaning.
+    init_changes: list[str] = field(default_factory=list)
 
 
 def compose_config(folder: Path | None, name: str, overrides: list[str]) -> Config:
@@ -50,7 +53,14 @@ def compose_config(folder: Path | None, name: str, overrides: list[str]) -> Conf
     Raises:
         ValueError: one line with the setting, its value, and the name that was perhaps meant.
     """
-    return compose(Config, "train_schema", name, overrides, folder)
+    config = compose(Config, "train_schema", name, overrides, folder)
+    idle = next((word for word in overrides if word.startswith("model.moe.num_shared_experts=")), None)
+    if idle is not None and config.model.moe is not None and config.model.moe.shared_widths is not None:
+        raise ValueError(
+            f"{idle} has no effect beside model.moe.shared_widths={config.model.moe.shared_widths}, which gives the "
+            "width of the shared expert layer by layer; set model.moe.shared_widths=null too, or change the widths"
+        )
+    return config
 
 
 def load_config(path: Path) -> Config:
@@ -79,10 +89,11 @@ def resolve(config: Config) -> Config:
     """Fill in place what lies outside (the machine, the weights to start from): it is part of the identity.
 
     Raises:
-        ValueError: kernels that cannot run here, or no weights in `init_from`.
+        ValueError: kernels that cannot run here, no weights in `init_from`, or none of their tokenizer.
     """
     if config.init_from is not None and config.init_sha256 is None:
         config.init_sha256 = weights_sha256(Path(config.init_from))
+        config.data.tokenizer = tokenizer_for(Path(config.init_from), config)
     config.engine.precision = resolve_precision(config.engine.precision)
     if config.engine.num_threads == 0:
         config.engine.num_threads = resolve_threads(config.engine, len(os.sched_getaffinity(0)))
@@ -105,6 +116,10 @@ def validate(config: Config) -> None:
     if config.init_from is None and config.init_sha256 is not None:
         raise ValueError(
             f"init_sha256={config.init_sha256} has no effect without init_from; set init_sha256=null, or init_from"
+        )
+    if config.init_from is None and config.init_changes:
+        raise ValueError(
+            f"init_changes={config.init_changes} has no effect without init_from; set init_changes=[], or init_from"
         )
     if config.init_from is not None and Path(config.init_from).resolve() == Path(config.run_dir).resolve():
         raise ValueError(

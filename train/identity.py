@@ -12,13 +12,16 @@ from typing import Any
 
 # Where a run lies, what it prints and when it saves does not change what it computes.
 _NOT_IDENTITY: dict[tuple[str, ...], tuple[str, ...]] = {
-    (): ("run_dir", "log", "schema_version", "init_from"),  # weights to start from count by their content, init_sha256
+    # The weights to start from count by their content, init_sha256; init_changes only lets a setting pass a check.
+    (): ("run_dir", "log", "schema_version", "init_from", "init_changes"),
     ("data",): ("root",),
     ("train",): ("checkpoint_interval", "keep_checkpoints", "final_checkpoint"),
 }
 
 # Settings that came after runs had been recorded, each with the value that stands for what was computed before. At that
-# value they leave the identity as it was, so that earlier runs can be continued and earlier sweeps extended.
+# value they leave the identity as it was, so that earlier runs can be continued and earlier sweeps extended. Not those
+# from before `model.rotary`: there the rotary base was `model.attention.rope_theta`, and their identity is another one.
+# They can start new runs (`init_from`) once the setting is moved in their config.yaml.
 _LATER: dict[tuple[str, ...], dict[str, Any]] = {
     (): {"init_sha256": None},
     ("model",): {"mla": None, "over_encoding": None, "hyper_connections": None},

@@ -28,6 +28,7 @@ from train.run_folder import RunFolder, write_record
 from train.schedule import lr_scale
 from train.shards import PreparedData
 from train.snapshot import resume, save
+from train.start import check_model, check_tokenizer
 from train.statistics import StepStatistics
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
         The result record, also written to `result.json`.
 
     Raises:
-        ValueError: for settings that do not fit the data, damaged data or checkpoints, a checkpoint of other data.
+        ValueError: for settings that do not fit the data or the weights to start from, damaged data or checkpoints,
+            a checkpoint of other data.
         NonFiniteLossError: before the step that would have spoilt the weights.
         Stopped: after a signal; everything up to the last step is saved.
     """
@@ -83,12 +85,16 @@ def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+    resuming = checkpoint.newest(folder.checkpoints) is not None
+    start = Path(config.init_from) if config.init_from is not None and not resuming else None
+    if start is not None:
+        check_model(start, config)  # before data are prepared, which may take long
     prepared = prepare(config.data)
+    if start is not None:
+        check_tokenizer(start, config, prepared)
     check_fits(prepared, config.model.vocab_size, config.model.seq_len)
     batches = TrainBatches(prepared, config.model.seq_len, cfg.global_batch_tokens // config.model.seq_len, config.seed)
     memory = build_memory(config, prepared, device)
-    resuming = checkpoint.newest(folder.checkpoints) is not None
-    start = Path(config.init_from) if config.init_from is not None and not resuming else None
     engine = build_engine(config, memory, device, start)
     write_record(folder.path / "ds_config.json", engine.ds_config)
     average = WeightAverage(engine.model, memory.tables, cfg.ema_decay, max_steps) if cfg.ema_decay else None

@@ -1,5 +1,6 @@
 """Which optimizer treats which parameter. The optimizer objects are made in `train.engine`."""
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -29,11 +30,13 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "muon_lr", "eps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"optim.{name}={getattr(self, name)} must be > 0; the default is a safe value")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"optim.{name}={getattr(self, name)} must be > 0 and finite; the default is a safe value"
+                )
         for name in ("weight_decay", "grad_clip"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"optim.{name}={getattr(self, name)} must be >= 0; nearest: 0")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must be >= 0 and finite; nearest: 0")
         for name in ("beta1", "beta2", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must lie in [0, 1), e.g. 0.9")

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -178,6 +179,16 @@ class PreparedData:
     shards: dict[str, list[Shard]]  # of splits train and val
 
     @cached_property
+    def tokenizer_sha256(self) -> str:
+        """SHA-256 (hex) of tokenizer.json: equal wherever the same tokenizer was prepared."""
+        return sha256(self.tokenizer_path)
+
+    @cached_property
+    def compression_sha256(self) -> str:
+        """SHA-256 (hex) of the compression table's file."""
+        return sha256(self.path / COMPRESSION_TABLE)
+
+    @cached_property
     def train(self) -> TokenStream:
         """The training stream."""
         return TokenStream(self.path, self.shards["train"], token_dtype(self.vocab_size))
@@ -218,6 +229,15 @@ def open_folder(folder: Path) -> PreparedData:
         provenance=manifest["provenance"],
         shards=shards,
     )
+
+
+def prepared_folders(root: Path) -> Iterator[tuple[Path, str, dict[str, str]]]:
+    """Folder, fingerprint and {file name: SHA-256} of what lies prepared below `root`, unless damaged."""
+    for path in sorted(root.glob(f"*/{MANIFEST}")):
+        with contextlib.suppress(DataError):
+            manifest = _read_manifest(path.parent)
+            sums = {name: record["sha256"] for name, record in manifest["files"].items()}
+            yield path.parent, manifest["fingerprint"], sums
 
 
 def _remedy(folder: Path) -> str:

@@ -18,6 +18,8 @@ class RunState:
     """What a checkpoint keeps beside tensors, in state.json."""
 
     data_fingerprint: str
+    tokenizer_sha256: str  # what the weights' token ids mean: a run that starts from them must mean the same
+    compression_sha256: str
     train_seconds: float = 0.0  # of training alone, over all starts
     train_loss: float | None = None  # of the last step, nats per predicted token
 
@@ -59,7 +61,7 @@ def resume(
     """
     found = checkpoint.load_latest(folder.checkpoints)
     if found is None:
-        return 0, RunState(prepared.fingerprint)
+        return 0, RunState(prepared.fingerprint, prepared.tokenizer_sha256, prepared.compression_sha256)
     check_data(found, prepared, folder.path)
     engine.load_state_tensors(
         {f"{stem}.{name}": tensor for stem in ("model", "optim") for name, tensor in found.tensors[stem].items()}
@@ -71,7 +73,9 @@ def resume(
     torch.set_rng_state(found.tensors["extra"]["rng.cpu"])
     if "rng.cuda" in found.tensors["extra"]:
         torch.cuda.set_rng_state(found.tensors["extra"]["rng.cuda"])
-    return found.step, RunState(**found.state)
+    # Earlier checkpoints have the fingerprint alone, which says as much while the data lie prepared.
+    sums = {"tokenizer_sha256": prepared.tokenizer_sha256, "compression_sha256": prepared.compression_sha256}
+    return found.step, RunState(**(sums | found.state))
 
 
 def check_data(found: Checkpoint, prepared: PreparedData, run_dir: object) -> None:

@@ -5,6 +5,7 @@
 <folder>/import_report.json  what became of every tensor
 """
 
+import hashlib
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ from train.importing.source import SafetensorsFolder, SourceError, check_index, 
 from train.loop import TrainConfig
 from train.optim import OptimConfig
 from train.run_folder import write_record
-from train.start import WEIGHTS
+from train.start import FREE_SETTINGS, WEIGHTS, recorded_tokenizer
+from train.tokenizer import load_tokenizer
 
 # Longest window of the configuration that is written for a foreign model, in tokens: that of the papers' pre-training
 # (DeepSeek-V3, arXiv 2412.19437, 4.2), which many checkpoints exceed by far.
@@ -43,11 +45,7 @@ WINDOWS_PER_STEP = 16  # of that configuration: 65,536 tokens a step
 # was learnt.
 CONTINUED_LR = 2.2e-5
 
-# Settings that leave the function of loaded weights as it is; every other one is the checkpoint's.
-_FREE = (
-    "engram", "seq_len", "activation_checkpointing", "init_std", "embedding_init_std", "moe.expert_kernel",
-    "moe.router.sequence_balance_coef", "moe.router.bias_update_rate",
-)  # fmt: skip
+_FREE = ("engram", *FREE_SETTINGS)  # a new memory leaves the function as it is, too
 
 
 @dataclass
@@ -60,6 +58,7 @@ class Origin:
     ignored: list[Ignored]
     source: SafetensorsFolder
     notes: list[str]
+    state: dict[str, Any]  # what the import's checkpoint says of the tokenizer; see `train.start.recorded_tokenizer`
 
 
 def import_model(
@@ -82,8 +81,9 @@ def import_model(
     origin = open_origin(folder)
     config = _with_settings(origin, engram, model_overrides, list(words))
     config.run_dir, config.init_from, config.init_sha256 = f"{to}-continued", str(to), None
+    config.init_changes = []
     model, report = fill(origin, config, folder)
-    checkpoint.save(to / "checkpoints", Checkpoint(0, {"model": model.state_dict()}, {}), keep=1)
+    checkpoint.save(to / "checkpoints", Checkpoint(0, {"model": model.state_dict()}, origin.state), keep=1)
     write_record(to / "import_report.json", report.to_dict())
     atomic_write(to / "config.yaml", to_yaml(config))
     return report
@@ -126,16 +126,25 @@ def _huggingface(folder: Path) -> Origin:
     check_index(folder, source)
     longest, model.seq_len = model.seq_len, min(model.seq_len, WINDOW)
     data = DataConfig(vocab_size=model.vocab_size)
+    state = {}
     if (folder / "tokenizer.json").is_file():
         data.tokenizer = str(folder.resolve())
+        text = load_tokenizer(folder / "tokenizer.json").to_str()  # as `prepare` would save it
+        state["tokenizer_sha256"] = hashlib.sha256(text.encode()).hexdigest()
     else:
         notes.append(
-            "no tokenizer.json: give data.tokenizer=... of this model, or the tokens of your text are not its tokens"
+            "no tokenizer.json: training on needs data.tokenizer=... of this model, or your tokens are not its tokens"
         )
     train = TrainConfig(global_batch_tokens=WINDOWS_PER_STEP * model.seq_len, micro_batch_size=1)
-    config = Config(model=model, data=data, train=train, optim=OptimConfig(lr=CONTINUED_LR))
+    config = Config(model=model, data=data, train=train, optim=_continued_optim())
     parts = huggingface_parts(model, rope_is_interleaved(settings), source.shapes)
-    return Origin(config, longest, parts, huggingface_ignored(model, source.shapes), source, notes)
+    return Origin(config, longest, parts, huggingface_ignored(model, source.shapes), source, notes, state)
+
+
+def _continued_optim() -> OptimConfig:
+    """AdamW at CONTINUED_LR. No source has a rate for Muon here: it keeps the ratio that the defaults have."""
+    fresh = OptimConfig()
+    return OptimConfig(lr=CONTINUED_LR, muon_lr=fresh.muon_lr * CONTINUED_LR / fresh.lr)
 
 
 def _our_own(folder: Path) -> Origin:
@@ -155,7 +164,11 @@ def _our_own(folder: Path) -> Origin:
     ]
     with torch.device("meta"):
         parts = [Part(name, tuple(t.shape), name) for name, t in Transformer(config.model).state_dict().items()]
-    return Origin(config, config.model.seq_len, parts, ignored, source, [])
+    tokenizer = recorded_tokenizer(folder, [Path(config.data.root)])
+    state = {}
+    if tokenizer is not None:
+        state = {"tokenizer_sha256": tokenizer.sha256, "imported_data_fingerprint": tokenizer.fingerprint}
+    return Origin(config, config.model.seq_len, parts, ignored, source, [], state)
 
 
 def _with_settings(origin: Origin, engram: str | None, model_overrides: Path | None, words: list[str]) -> Config:
