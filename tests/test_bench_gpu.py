@@ -8,10 +8,12 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import triton
+from torch import Tensor
 
 from models.accounting import flops_per_token
 from models.kernels import grouped_gemm_triton as k
@@ -87,7 +89,7 @@ def test_checks_pass_in_the_interpreter_and_a_wrong_kernel_fails(monkeypatch):
     with interpreted_kernels():
         run_section(table, time.monotonic() + 60, lambda: None)
     assert gpu_checks.failures(table) == 0, [row for row in table.rows if row.get("verdict") != "ok"]
-    assert len(table.rows) == 2 * 2 * 6 + 2 * 3 + 3 * 5
+    assert len(table.rows) == 2 * 2 * 6 + 3 * 4 + 3 * 5
     definition = gpu_checks.engram_gate_definition
     monkeypatch.setattr(gpu_checks, "engram_gate_definition", lambda *a: tuple(x * 1.02 for x in definition(*a)))
     broken = gpu_checks.section(CPU, quick=True)
@@ -98,6 +100,28 @@ def test_checks_pass_in_the_interpreter_and_a_wrong_kernel_fails(monkeypatch):
     assert bench_gpu.verdict([broken]) == "**6 checks failed or were not reached.**"
     broken.cases *= 2  # as of a run that ends before the second one
     assert gpu_checks.failures(broken) == 7
+
+
+class RoundsTheScale(torch.autograd.Function):
+    """Hands the gradient from above on in bf16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].bfloat16().to(grads[0].dtype)
+
+
+def test_a_factor_that_is_rounded_fails(monkeypatch):
+    """All values of a gradient are then off by the same quarter of a per cent, less than bf16 matmuls are allowed."""
+    kernel = gpu_checks.linear_cross_entropy
+    monkeypatch.setattr(gpu_checks, "linear_cross_entropy", lambda *args: RoundsTheScale.apply(kernel(*args)))
+    with interpreted_kernels():
+        for dtype, autocast in ((BF16, False), (F32, True)):
+            rows = gpu_checks.check_cross_entropy("head", (5, 24, 61), dtype, autocast, CPU)
+            assert {row["tensor"]: row["verdict"] for row in rows}["factor"] == "FAILED"
 
 
 def test_a_check_of_torch_against_torch_is_refused():
