@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -78,8 +79,9 @@ def expert_kernel_seconds(
             seconds[kernel] = _seconds(cfg, device, num_tokens, precision, kernel)
         except Exception as error:  # whatever it is, the next candidate may do without
             failures[kernel] = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # here, where no traceback holds what a failed one had
+        if device.type == "cuda":  # here, where no traceback holds what a failed one had; trials may live beside
+            with suppress(RuntimeError):  # after a fault on the device every call fails, as the next candidate says
+                torch.cuda.empty_cache()
     if not seconds:
         reasons = "; ".join(f"{kernel.value}: {failure}" for kernel, failure in failures.items())
         raise ValueError(

@@ -120,7 +120,8 @@ def engram_gate(
 
     Engram, arXiv 2601.07372, eqs 4 and 6, with the signed square root of the official codes. `norm` is RMSNorm with
     the branch's weights. On a GPU with Triton one kernel per direction, in fp32 inside, whose result is the same to the
-    bit from call to call on one kind of device; elsewhere, and for D above MAX_WIDTH, the definition.
+    bit from call to call on one kind of device; elsewhere, for D above MAX_WIDTH, and for types other than fp32 and
+    bf16, the definition.
 
     Args:
         hidden: (B, S, J, D).
@@ -143,7 +144,7 @@ def engram_gate(
     expected = ((*hidden.shape[:-2], 1 + branches, width), (branches, width), (branches, width))
     if shapes != expected:
         raise ValueError(f"value_keys, hidden_norm and key_norm have shapes {shapes}, must have {expected}")
-    if not launch.can_run(hidden) or width > MAX_WIDTH or hidden.numel() == 0:
+    if not launch.can_run(hidden, value_keys, hidden_norm, key_norm) or width > MAX_WIDTH or hidden.numel() == 0:
         return engram_gate_definition(hidden, value_keys, hidden_norm, key_norm, eps, residual)
     flat = (hidden.flatten(0, -3).contiguous(), value_keys.flatten(0, -3).contiguous())  # (T, J, D), (T, 1 + J, D)
     out, gates = _EngramGate.apply(*flat, hidden_norm.contiguous(), key_norm.contiguous(), eps, residual)
