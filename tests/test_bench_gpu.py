@@ -235,10 +235,15 @@ def test_expert_rows(monkeypatch, bench, kernel):
     assert row["share"] == row["flops"] / 800e12
 
 
-def test_attention_says_which_operator_ran(bench):
+@pytest.mark.parametrize("kind", ["latent", "grouped queries"])
+def test_attention_says_which_operator_ran(bench, kind):
     cfg = replace(gpu_kernels.ATTENTION, seq_len=640, d_model=32, mla=replace(gpu_kernels.ATTENTION.mla, num_heads=2))
+    if kind == "grouped queries":
+        heads = replace(gpu_kernels.GROUPED.attention, num_heads=4, num_kv_heads=2, head_dim=8)
+        cfg = replace(gpu_kernels.GROUPED, seq_len=640, d_model=32, attention=heads)
     (row,) = gpu_kernels.attention(bench, cfg, 1, None)
-    assert row["ran"] in ("flash_attention_for_cpu", "attention_math") and row["case"] == "as the layer chooses"
+    assert row["ran"] in ("flash_attention_for_cpu", "attention_math")
+    assert row["case"] == f"{kind}, as the layer chooses"
     (row,) = gpu_kernels.attention(bench, cfg, 1, gpu_kernels.SDPBackend.MATH)
     assert row["ran"] == "attention_math"
     counts = flops_per_token(cfg)
