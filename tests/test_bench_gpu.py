@@ -70,6 +70,24 @@ def test_without_a_gpu_one_line_says_so(tmp_path):
     assert "needs a CUDA device" in done.stderr
 
 
+def test_a_torch_or_triton_that_is_too_old_is_named(monkeypatch):
+    """A CPU refuses what is asked of torch, like an older version."""
+    refused = bench_gpu.too_old(CPU)
+    assert refused is not None and "adds products of bf16 matrices" in refused
+    assert f"of {torch.__version__}: NotImplementedError" in refused and "torch==2.13.0" in refused
+    asked = []
+    monkeypatch.setattr(torch, "addmm", lambda *tensors, **settings: asked.append(settings["out_dtype"]))
+    assert bench_gpu.too_old(CPU) is None and asked == [F32]
+    monkeypatch.setattr(bench_gpu.launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench_gpu, "too_old", lambda device: f"too old for {device}")
+    assert bench_gpu.missing() == "too old for cuda"
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "models.kernels.grouped_gemm_triton", None)
+    refused = bench_gpu.too_old(CPU)
+    assert refused is not None and f"of {triton.__version__}: " in refused and "triton==3.7.1" in refused
+
+
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_shapes_equal_the_presets(name):
     assert PRESETS[name] == model_config(name, []).model
