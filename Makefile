@@ -73,7 +73,7 @@ bench: $(STAMP) ## training step against Hugging Face, dense AdamW and table siz
 	@$(BIN)/python -m scripts.bench_kernels $(ARGS)
 
 # Makes no .venv: a machine with a GPU often comes with its own torch and Triton. PYTHON=... says which, or BIN=<folder>.
-bench-gpu: ## check and time the Triton kernels and training steps on a GPU; torch and Triton are enough (ARGS="--quick")
+bench-gpu: ## check and time the Triton kernels and training steps on a GPU; torch 2.13 and Triton 3.7 are enough (ARGS="--quick")
 	@$(or $(if $(filter command environment,$(origin PYTHON)),$(PYTHON)),$(wildcard $(BIN)/python),$(PYTHON)) -m scripts.bench_gpu $(ARGS)
 
 calibrate: $(STAMP) ## simulate the fit: coverage, false-U rate and power

@@ -112,11 +112,15 @@ def _attention(attention: AttentionConfig, d_model: int, batch: int, seq_len: in
     """Grouped-query attention.
 
     Per token the input in bf16, the output of the first projection (of which the values are a view), turned queries and
-    keys, the heads' outputs, and the log-sum-exp of each query.
+    keys, the heads' outputs, and the log-sum-exp of each query. Where a key head serves several query heads, keys and
+    values are repeated for the fused kernel (`softmax_attention.serves_grouped_heads`): these are kept, and not the
+    projection.
     """
     num_tokens, width = batch * seq_len, attention.head_dim
-    turned, heads = attention.num_heads + attention.num_kv_heads, attention.num_heads + 2 * attention.num_kv_heads
-    per_token = BF16 * (d_model + (heads + turned + attention.num_heads) * width) + FP32 * attention.num_heads
+    num_heads, num_kv_heads = attention.num_heads, attention.num_kv_heads
+    turned = num_heads + num_kv_heads
+    projection_or_repeated = 3 * num_heads if num_heads == num_kv_heads else 2 * num_heads
+    per_token = BF16 * (d_model + (projection_or_repeated + turned + num_heads) * width) + FP32 * num_heads
     size = num_tokens * per_token + _rotary_tables(seq_len, turned, width)
     if attention.qk_norm:
         size += _narrow_norm(num_tokens * attention.num_heads, width)

@@ -2,7 +2,9 @@
 
 import statistics
 import time
+from contextlib import suppress
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -45,25 +47,52 @@ def _takes_widths(kernel: ExpertKernel, d_model: int, d_expert: int) -> bool:
     return True
 
 
+class Measured(NamedTuple):
+    """What became of every candidate."""
+
+    seconds: dict[ExpertKernel, float]  # at least one
+    failures: dict[ExpertKernel, str]  # type and first line of the error
+
+
 def expert_kernel_seconds(
     cfg: TransformerConfig, device: torch.device, num_tokens: int, precision: torch.dtype
-) -> dict[ExpertKernel, float]:
-    """Seconds of one forward and backward pass of one layer, dispatch included, with each candidate.
+) -> Measured:
+    """Seconds of one forward and backward pass of one layer, dispatch included, with each candidate that can do it.
 
     Router and inputs are random, so that the load is about even, and the same for every candidate. The first pass,
-    which compiles and tunes, is not timed. The random state of the process stays as it was.
+    which compiles and tunes, is not timed. The random state of the process stays as it was. A candidate may fail by
+    itself (out of memory, no C compiler for Triton, a GPU that it does not compile for); the others are then measured.
 
     Args:
         cfg: the model; `moe.expert_kernel` plays no part.
         device: where to measure, with nothing else running there.
         num_tokens: T of one micro-batch.
         precision: bf16 for autocast, as the engine does it, or fp32.
+
+    Raises:
+        ValueError: no candidate ran, with what each one said.
     """
-    return {kernel: _seconds(cfg, device, num_tokens, precision, kernel) for kernel in candidates(cfg, device)}
+    seconds: dict[ExpertKernel, float] = {}
+    failures: dict[ExpertKernel, str] = {}
+    for kernel in candidates(cfg, device):
+        try:
+            seconds[kernel] = _seconds(cfg, device, num_tokens, precision, kernel)
+        except Exception as error:  # whatever it is, the next candidate may do without
+            failures[kernel] = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+        if device.type == "cuda":  # here, where no traceback holds what a failed one had; trials may live beside
+            with suppress(RuntimeError):  # after a fault on the device every call fails, as the next candidate says
+                torch.cuda.empty_cache()
+    if not seconds:
+        reasons = "; ".join(f"{kernel.value}: {failure}" for kernel, failure in failures.items())
+        raise ValueError(
+            f"moe.expert_kernel=auto found no kernel that runs one layer with {num_tokens} tokens on {device} "
+            f"({reasons}); where memory was short, a smaller train.micro_batch_size may fit"
+        )
+    return Measured(seconds, failures)
 
 
 def fastest_expert_kernel(seconds: dict[ExpertKernel, float]) -> ExpertKernel:
-    """The candidate with the least `expert_kernel_seconds`."""
+    """The candidate with the least of `Measured.seconds`."""
     return min(seconds, key=lambda kernel: seconds[kernel])
 
 

@@ -65,12 +65,12 @@ def _check_widths(d_model: int, d_expert: int, multiple: int, kernel: str, other
 
 
 def swiglu_triton(tokens: Tensor, weights: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The same through Triton (`kernels.grouped_swiglu`), or the loop where that cannot run, as on a CPU.
+    """The same through Triton (`kernels.grouped_swiglu`), or the loop where that cannot run, as on a CPU or in fp64.
 
     Arguments as in `swiglu_loop`; gate_up and down may be fp32 under bf16 tokens, and their gradients are then fp32.
     `check_triton_widths` says beforehand which widths the kernels take.
     """
-    if launch.can_run(tokens):
+    if launch.can_run(tokens, weights, gate_up, down):
         return grouped_swiglu(tokens, weights, counts, gate_up, down)
     return swiglu_loop(tokens, weights, counts, gate_up.to(tokens.dtype), down.to(tokens.dtype))
 

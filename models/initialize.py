@@ -1,6 +1,7 @@
 """The one place where parameters get their start values."""
 
 import hashlib
+from collections.abc import Container
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ def _fill_normal(tensor: Tensor, std: float, seed: int, name: str) -> None:
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, seed: int, init_std: float | None = None) -> None:
+def initialize(model: nn.Module, seed: int, init_std: float | None = None, only: Container[str] | None = None) -> None:
     """Matrices normal(0, init_std), embedding normal(0, embedding_init_std), norms one, taps and biases zero.
 
     Hyper-connections start as the plain residual: projections zero (as the input-dependent part in arXiv
@@ -36,6 +37,7 @@ def initialize(model: nn.Module, seed: int, init_std: float | None = None) -> No
         model: a `Transformer` or a part of one.
         seed: of the run.
         init_std: standard deviation; by default the model's own `cfg.init_std`.
+        only: names of the parameters that get values, the same as without it; by default all.
 
     Raises:
         RuntimeError: a parameter's name tells no rule, so that it would keep whatever its memory held.
@@ -52,6 +54,8 @@ def initialize(model: nn.Module, seed: int, init_std: float | None = None) -> No
     }
     connections = {name: module for name, module in model.named_modules() if isinstance(module, HyperConnection)}
     for name, parameter in model.named_parameters():
+        if only is not None and name not in only:
+            continue
         prefix, _, last = name.rpartition(".")
         owner = name.rsplit(".", 2)[-2] if "." in name else ""
         if name in expert_stacks:

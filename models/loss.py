@@ -6,9 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from models import native
+from models.kernels import launch
 from models.kernels.cross_entropy import chunked_cross_entropy
+from models.precision import compute_dtype
 
 # Targets with this value are not predicted: padding, and the first token of the next document.
 IGNORE_INDEX = -100
@@ -103,4 +106,6 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     if weight.dtype == torch.float32 and native.matrices_available(hidden):
         with_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
         return _NativeLinearCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten(), with_gradients)
+    if compute_dtype(hidden) not in launch.DTYPES:
+        return cross_entropy(F.linear(hidden, weight), targets)[0]
     return chunked_cross_entropy(hidden.flatten(0, -2), weight, targets.flatten(), IGNORE_INDEX)

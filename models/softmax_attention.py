@@ -113,6 +113,15 @@ class _NativeAttention(torch.autograd.Function):
         return *results, None, None
 
 
+def serves_grouped_heads(query: Tensor) -> bool:
+    """Whether torch's fused attention takes a mask and fewer key heads than query heads at once.
+
+    On a GPU the flash kernel takes no mask and the memory-efficient one no groups, so that the plain kernel may be
+    left, which holds all S^2 probabilities (pytorch/pytorch #139586, huggingface/transformers #45776).
+    """
+    return query.device.type == "cpu"
+
+
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
     """softmax(q k^T * scale + bias) v, on whichever path is fastest.
 
@@ -132,6 +141,9 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, sc
         return _NativeAttention.apply(query, key, value, bias, divisor)
     if query.device.type == "cpu" and query.shape[2] <= MATERIALIZE_UP_TO:
         return _MaterializedAttention.apply(query, key, value, bias, divisor).transpose(1, 2)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and not serves_grouped_heads(query):
+        key, value = (heads.repeat_interleave(groups, dim=1) for heads in (key, value))  # (B, H, S, C) and (B, H, S, W)
     enable_gqa = query.shape[1] != key.shape[1]
     attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=enable_gqa)
     return attended.transpose(1, 2)

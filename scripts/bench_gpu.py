@@ -2,9 +2,10 @@
 
     make bench-gpu [ARGS="--quick"]
 
-On a bare machine nothing but torch, Triton and numpy is needed, no DeepSpeed and no config framework:
+On a bare machine nothing but torch, Triton and numpy is needed, no DeepSpeed and no config framework. Written for torch
+2.13 and Triton 3.7; what an older one lacks is said, before anything is measured or in the row that fails:
 
-    pip install torch triton numpy
+    pip install torch==2.13.0 triton==3.7.1 numpy
     python -m scripts.bench_gpu [--quick] [--minutes 9] [--only experts gate]
 
 1. Every kernel against its definition in plain torch in fp64. A failure makes the exit code 1, after all has run.
@@ -35,7 +36,7 @@ import torch
 
 from models.kernels import launch
 from scripts import gpu_ceilings, gpu_checks, gpu_experts, gpu_kernels, gpu_training
-from scripts.gpu_table import Section, report, run_section
+from scripts.gpu_table import Section, message, report, run_section
 from scripts.gpu_timing import Bench
 
 OUT = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
@@ -51,6 +52,24 @@ def missing() -> str | None:
         return f"bench-gpu needs a CUDA device, and torch {torch.__version__} sees none"
     if launch.INTERPRETED:
         return "bench-gpu needs compiled kernels, and TRITON_INTERPRET is set; unset it"
+    return too_old(torch.device("cuda"))
+
+
+def too_old(device: torch.device) -> str | None:
+    """What the installed torch or Triton cannot do that all of the bench needs: asked of them, not of their numbers."""
+    try:
+        import_module("models.kernels.grouped_gemm_triton")
+    except Exception as error:  # whatever an older Triton makes of it
+        version = import_module("triton").__version__
+        return f"bench-gpu needs Triton 3.7 or one like it; of {version}: {message(error)}; pip install triton==3.7.1"
+    total, factor = (torch.zeros(16, 16, dtype=dtype, device=device) for dtype in (torch.float32, torch.bfloat16))
+    try:
+        torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)  # as models.kernels.cross_entropy does
+    except (TypeError, RuntimeError) as error:
+        return (
+            "bench-gpu needs a torch that adds products of bf16 matrices to an fp32 one, as 2.13 does; of "
+            f"{torch.__version__}: {message(error)}; pip install torch==2.13.0"
+        )
     return None
 
 

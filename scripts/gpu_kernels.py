@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.accounting import flops_per_token
+from models.attention import AttentionConfig
 from models.engram import GATE_NORM_EPS
 from models.initialize import initialize
 from models.kernels.gate import bytes_moved, engram_gate, engram_gate_definition
@@ -29,10 +31,12 @@ GATE_SHAPES = ((8192, 4, 2560), (16384, 4, 2560), (16384, 1, 768))
 GATE_TYPES = {"bf16": (BF16, BF16, BF16), "fp32 stream": (F32, BF16, F32)}
 # Tokens, width and vocabulary of the head (conf/model/moe_27b.yaml).
 HEAD = (8192, 2560, 129_280)
-# One layer of the 27B models' attention (the same file) over one sequence, of documents of 1000 tokens.
+# One layer of the 27B models' attention (the same file) over one sequence, of documents of 1000 tokens; and GROUPED,
+# one with four query heads for every key head.
 ATTENTION = TransformerConfig(
     seq_len=4096, num_layers=1, d_model=2560, attention=None, mla=MLAConfig(num_heads=32), init_std=0.006
 )
+GROUPED = replace(ATTENTION, mla=None, attention=AttentionConfig(num_heads=32, num_kv_heads=8, head_dim=128))
 DOCUMENT = 1000
 
 
@@ -150,6 +154,12 @@ def attention_backend(call: Callable[[], Any]) -> str:
     return ", ".join(sorted(name for name in names if not name.endswith("_backward"))) or "none"
 
 
+def attention_case(cfg: TransformerConfig, backend: SDPBackend | None) -> str:
+    """Name of a row."""
+    kind = "latent" if cfg.attention is None else "grouped queries"
+    return f"{kind}, {'as the layer chooses' if backend is None else f'forced: {backend.name}'}"
+
+
 def attention(bench: Bench, cfg: TransformerConfig, batch: int, backend: SDPBackend | None) -> list[Row]:
     """Forward and backward pass of one layer under bf16 autocast, with the document mask."""
     layer = make_attention(cfg)
@@ -170,22 +180,22 @@ def attention(bench: Bench, cfg: TransformerConfig, batch: int, backend: SDPBack
     seconds = bench.seconds(run)
     counts = flops_per_token(cfg)
     rate = 3 * (counts.attention_projections + counts.attention_scores) * batch * cfg.seq_len / seconds
-    case = "as the layer chooses" if backend is None else f"forced: {backend.name}"
     return [
-        {"case": case, "ran": ran, "seconds": seconds, "flops": rate, "share": bench.of_matmul(rate),
-         "peak": bench.peak_bytes(run)}
+        {"case": attention_case(cfg, backend), "ran": ran, "seconds": seconds, "flops": rate,
+         "share": bench.of_matmul(rate), "peak": bench.peak_bytes(run)}
     ]  # fmt: skip
 
 
 def attention_section(bench: Bench) -> Section:
-    """What the layer takes by itself, and every backend that could be forced."""
-    kinds = (None, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
-    names = ["as the layer chooses" if kind is None else f"forced: {kind.name}" for kind in kinds]
+    """What the layers take by themselves, and every backend that could be forced."""
+    forced = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
+    pairs = [(ATTENTION, None), (GROUPED, None), *((ATTENTION, backend) for backend in forced)]
     return Section(
         "attention",
-        "Latent attention with the document mask",
-        f"One layer, one sequence of {ATTENTION.seq_len}, 32 heads of 192 and 128; forward and backward. FLOPs count "
-        "all S^2 pairs. `attention_math` among the operators would mean that all probabilities are held.",
+        "Attention with the document mask",
+        f"One layer, one sequence of {ATTENTION.seq_len}, 32 heads: latent of 192 and 128, grouped of 128 with 8 key "
+        "heads; forward and backward. FLOPs count all S^2 pairs. `attention_math` among the operators would mean that "
+        "all probabilities are held.",
         [
             Column("case", "case"),
             Column("operator", "ran"),
@@ -195,7 +205,7 @@ def attention_section(bench: Bench) -> Section:
             Column("peak GB", "peak", 1e-9, ".2f"),
         ],
         [
-            Case(name, partial(attention, bench, ATTENTION, 1, kind))
-            for name, kind in zip(names, kinds, strict=True)
+            Case(attention_case(cfg, backend), partial(attention, bench, cfg, 1, backend))
+            for cfg, backend in pairs
         ],
     )  # fmt: skip

@@ -53,6 +53,7 @@ def with_engram(cfg: TransformerConfig, **changes: Any) -> TransformerConfig:
 CONFIGS = {
     "dense": gpu_config("dense"),
     "qk_norm": gpu_config("dense", attention=AttentionConfig(num_heads=6, num_kv_heads=3, head_dim=6, qk_norm=True)),
+    "as_many_key_heads": gpu_config("dense", attention=AttentionConfig(num_heads=3, num_kv_heads=3, head_dim=6)),
     "mla": gpu_config("dense_mla"),
     "mla_plain_queries": gpu_config("dense_mla", mla=MLAConfig(5, 12, None, 7, 6, 3)),
     "moe": gpu_config("moe"),
@@ -113,6 +114,7 @@ def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "INSTALLED", True)
     monkeypatch.setattr(launch, "interpret_on_cpu", True)
     monkeypatch.setattr(softmax_attention, "MATERIALIZE_UP_TO", 0)
+    monkeypatch.setattr(softmax_attention, "serves_grouped_heads", lambda query: False)
     monkeypatch.setattr(torch, "bincount", lambda ids, minlength: ids.new_zeros(minlength))  # its size is data
     monkeypatch.setattr(
         torch.nn.functional, "rms_norm", lambda x, shape, weight=None, eps=None: FusedNorm.apply(x, weight)
@@ -254,10 +256,12 @@ def test_checkpointing_keeps_the_inputs_and_one_block(name, like_a_gpu):
 
 
 @pytest.mark.parametrize(
-    "name", ["dense", "grouped_mm", "moe_softmax", "moe_gshard", "moe_switch", "hyper", "over_encoding"]
+    "name",
+    ["dense", "as_many_key_heads", "grouped_mm", "moe_softmax", "moe_gshard", "moe_switch", "hyper", "over_encoding"],
 )
-def test_parts_that_a_cpu_computes_alike(name):
-    """Real tensors. The definition of the gate keeps more than its kernel."""
+def test_parts_that_a_cpu_computes_alike(name, monkeypatch):
+    """Real tensors, key and value heads repeated as for a GPU. The gate's definition keeps more than its kernel."""
+    monkeypatch.setattr(softmax_attention, "serves_grouped_heads", lambda query: False)
     cfg = replace(CONFIGS[name], seq_len=softmax_attention.MATERIALIZE_UP_TO + 8)
     if cfg.moe is not None:
         cfg = with_moe(cfg, expert_kernel=ExpertKernel.grouped_mm)

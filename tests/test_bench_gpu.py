@@ -8,10 +8,12 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import triton
+from torch import Tensor
 
 from models.accounting import flops_per_token
 from models.kernels import grouped_gemm_triton as k
@@ -68,6 +70,24 @@ def test_without_a_gpu_one_line_says_so(tmp_path):
     assert "needs a CUDA device" in done.stderr
 
 
+def test_a_torch_or_triton_that_is_too_old_is_named(monkeypatch):
+    """A CPU refuses what is asked of torch, like an older version."""
+    refused = bench_gpu.too_old(CPU)
+    assert refused is not None and "adds products of bf16 matrices" in refused
+    assert f"of {torch.__version__}: NotImplementedError" in refused and "torch==2.13.0" in refused
+    asked = []
+    monkeypatch.setattr(torch, "addmm", lambda *tensors, **settings: asked.append(settings["out_dtype"]))
+    assert bench_gpu.too_old(CPU) is None and asked == [F32]
+    monkeypatch.setattr(bench_gpu.launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench_gpu, "too_old", lambda device: f"too old for {device}")
+    assert bench_gpu.missing() == "too old for cuda"
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "models.kernels.grouped_gemm_triton", None)
+    refused = bench_gpu.too_old(CPU)
+    assert refused is not None and f"of {triton.__version__}: " in refused and "triton==3.7.1" in refused
+
+
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_shapes_equal_the_presets(name):
     assert PRESETS[name] == model_config(name, []).model
@@ -87,7 +107,7 @@ def test_checks_pass_in_the_interpreter_and_a_wrong_kernel_fails(monkeypatch):
     with interpreted_kernels():
         run_section(table, time.monotonic() + 60, lambda: None)
     assert gpu_checks.failures(table) == 0, [row for row in table.rows if row.get("verdict") != "ok"]
-    assert len(table.rows) == 2 * 2 * 6 + 2 * 3 + 3 * 5
+    assert len(table.rows) == 2 * 2 * 6 + 3 * 4 + 3 * 5
     definition = gpu_checks.engram_gate_definition
     monkeypatch.setattr(gpu_checks, "engram_gate_definition", lambda *a: tuple(x * 1.02 for x in definition(*a)))
     broken = gpu_checks.section(CPU, quick=True)
@@ -98,6 +118,28 @@ def test_checks_pass_in_the_interpreter_and_a_wrong_kernel_fails(monkeypatch):
     assert bench_gpu.verdict([broken]) == "**6 checks failed or were not reached.**"
     broken.cases *= 2  # as of a run that ends before the second one
     assert gpu_checks.failures(broken) == 7
+
+
+class RoundsTheScale(torch.autograd.Function):
+    """Hands the gradient from above on in bf16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].bfloat16().to(grads[0].dtype)
+
+
+def test_a_factor_that_is_rounded_fails(monkeypatch):
+    """All values of a gradient are then off by the same quarter of a per cent, less than bf16 matmuls are allowed."""
+    kernel = gpu_checks.linear_cross_entropy
+    monkeypatch.setattr(gpu_checks, "linear_cross_entropy", lambda *args: RoundsTheScale.apply(kernel(*args)))
+    with interpreted_kernels():
+        for dtype, autocast in ((BF16, False), (F32, True)):
+            rows = gpu_checks.check_cross_entropy("head", (5, 24, 61), dtype, autocast, CPU)
+            assert {row["tensor"]: row["verdict"] for row in rows}["factor"] == "FAILED"
 
 
 def test_a_check_of_torch_against_torch_is_refused():
@@ -211,10 +253,15 @@ def test_expert_rows(monkeypatch, bench, kernel):
     assert row["share"] == row["flops"] / 800e12
 
 
-def test_attention_says_which_operator_ran(bench):
+@pytest.mark.parametrize("kind", ["latent", "grouped queries"])
+def test_attention_says_which_operator_ran(bench, kind):
     cfg = replace(gpu_kernels.ATTENTION, seq_len=640, d_model=32, mla=replace(gpu_kernels.ATTENTION.mla, num_heads=2))
+    if kind == "grouped queries":
+        heads = replace(gpu_kernels.GROUPED.attention, num_heads=4, num_kv_heads=2, head_dim=8)
+        cfg = replace(gpu_kernels.GROUPED, seq_len=640, d_model=32, attention=heads)
     (row,) = gpu_kernels.attention(bench, cfg, 1, None)
-    assert row["ran"] in ("flash_attention_for_cpu", "attention_math") and row["case"] == "as the layer chooses"
+    assert row["ran"] in ("flash_attention_for_cpu", "attention_math")
+    assert row["case"] == f"{kind}, as the layer chooses"
     (row,) = gpu_kernels.attention(bench, cfg, 1, gpu_kernels.SDPBackend.MATH)
     assert row["ran"] == "attention_math"
     counts = flops_per_token(cfg)

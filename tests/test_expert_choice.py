@@ -33,9 +33,10 @@ def test_candidates(monkeypatch):
 def test_every_candidate_is_timed_and_the_random_state_stays(precision):
     cfg = tiny_config("moe")
     before = torch.get_rng_state()
-    seconds = expert_kernel_seconds(cfg, CPU, 40, precision)
+    seconds, failures = expert_kernel_seconds(cfg, CPU, 40, precision)
     assert torch.equal(torch.get_rng_state(), before)
-    assert set(seconds) == set(candidates(cfg, CPU)) and all(0 < value < 10 for value in seconds.values())
+    assert not failures and set(seconds) == set(candidates(cfg, CPU))
+    assert all(0 < value < 10 for value in seconds.values())
 
 
 def test_the_slow_ones_are_not_chosen(monkeypatch):
@@ -50,7 +51,7 @@ def test_the_slow_ones_are_not_chosen(monkeypatch):
             return forward(self, x)
 
         monkeypatch.setattr(expert_choice.MoE, "forward", timed)
-        seconds = expert_kernel_seconds(cfg, CPU, 8, torch.float32)
+        seconds, _ = expert_kernel_seconds(cfg, CPU, 8, torch.float32)
         assert fastest_expert_kernel(seconds) is fastest and seconds[fastest] == pytest.approx(1.0)
 
 
@@ -65,4 +66,25 @@ def test_one_slow_pass_does_not_decide(monkeypatch):
         return forward(self, x)
 
     monkeypatch.setattr(expert_choice.MoE, "forward", timed)
-    assert set(expert_kernel_seconds(cfg, CPU, 8, torch.float32).values()) == {1.0}
+    assert set(expert_kernel_seconds(cfg, CPU, 8, torch.float32).seconds.values()) == {1.0}
+
+
+def test_a_candidate_that_fails_is_left_out(monkeypatch):
+    """As one that runs out of memory or finds no compiler; only when none is left, choosing fails."""
+    cfg, broken = tiny_config("moe"), {ExpertKernel.loop}
+    forward = expert_choice.MoE.forward
+
+    def fails(self, x):
+        if self.experts.kernel in broken:
+            raise torch.OutOfMemoryError("\nCUDA out of memory. Tried to allocate 2 GiB.\nMore about it")
+        return forward(self, x)
+
+    monkeypatch.setattr(expert_choice.MoE, "forward", fails)
+    seconds, failures = expert_kernel_seconds(cfg, CPU, 8, torch.float32)
+    assert failures == {ExpertKernel.loop: "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB."}
+    assert set(seconds) == set(candidates(cfg, CPU)) - broken
+    broken.update(candidates(cfg, CPU))
+    with pytest.raises(
+        ValueError, match=r"expert_kernel=auto found no kernel .* 8 tokens .*loop: OutOfMemoryError.*padded"
+    ):
+        expert_kernel_seconds(cfg, CPU, 8, torch.float32)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Dots1Config, Dots1ForCausalLM
 
+from models import initialize as initialize_module
 from models.transformer import Transformer
 from scripts.import_hf import main
 from tests.tiny import TinyMemory, relative_error
@@ -246,6 +247,25 @@ def test_a_new_memory_changes_nothing_and_learns(saved: Path, tmp_path: Path, na
                 assert bool(projection.grad[width:].abs().sum() > 0) == (step > 0 and model.cfg.engram.gate)
                 assert bool(rows[layer].grad.abs().sum() > 0) == (step > 0)
                 projection.data[:width] -= 1e-2 * projection.grad[:width].sign()
+
+
+def test_only_what_is_new_is_drawn(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the values that a fresh model of the same seed has."""
+    drawn, fill_normal = [], initialize_module._fill_normal
+    monkeypatch.setattr(
+        initialize_module, "_fill_normal", lambda *args: (drawn.append(args[-1]), fill_normal(*args))[1]
+    )
+    import_model(saved / "dots", tmp_path / "to", engram="tiny_engram", words=["model.engram.layers=[1]", "seed=7"])
+    assert drawn == ["blocks.1.engram.value_key.weight"]
+    model = imported(tmp_path / "to")
+    fresh = Transformer(model.cfg)
+    initialize_module.initialize(fresh, 7)
+    width = model.cfg.d_model
+    for (name, ours), expected in zip(model.named_parameters(), fresh.parameters(), strict=True):
+        if name == "blocks.1.engram.value_key.weight":
+            assert torch.equal(ours[width:], expected[width:]) and not ours[:width].any()
+        else:
+            assert torch.equal(ours, expected) == (".engram." in name), name
 
 
 def test_what_our_model_lacks_is_left_out_and_named(saved: Path, tmp_path: Path) -> None:

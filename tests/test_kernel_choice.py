@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.expert_choice import Measured
 from models.moe import ExpertKernel, MoEConfig
 from sweeps.trial import Plan
 from tests.test_plan import base, make
@@ -14,6 +15,7 @@ from train import kernel_choice
 from train.config import config_hash, resolve, to_yaml
 from train.kernel_choice import keep_expert_kernel
 
+FAILURES: dict[ExpertKernel, str] = {}
 TIMES = {ExpertKernel.loop: 0.3, ExpertKernel.grouped_mm: 0.1, ExpertKernel.triton: 0.2}
 
 
@@ -25,7 +27,7 @@ def measurements(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, torch.
     def seconds(model, device, num_tokens, precision):
         assert device.type == "cuda"
         calls.append((model.moe.num_experts, num_tokens, precision))
-        return TIMES
+        return Measured(TIMES, FAILURES)
 
     monkeypatch.setattr(kernel_choice, "expert_kernel_seconds", seconds)
     monkeypatch.setattr(kernel_choice.torch.cuda, "is_available", lambda: True)
@@ -54,6 +56,27 @@ def test_a_gpu_measures_the_layer_and_the_micro_batch_of_the_run(tmp_path, measu
     (line,) = capsys.readouterr().out.splitlines()
     times = "loop 300, grouped_mm 100, triton 200"
     assert line == f"expert kernel: grouped_mm (ms forward and backward of one layer, 128 tokens: {times})"
+
+
+def test_a_kernel_that_fails_is_said(tmp_path, measurements, monkeypatch, capsys):
+    monkeypatch.setitem(FAILURES, ExpertKernel.padded, "RuntimeError: Failed to find C compiler")
+    resolve(make_run(tmp_path, tmp_path / "run"))
+    line, _ = capsys.readouterr().out.splitlines()
+    assert line == "expert kernel: padded is left out (RuntimeError: Failed to find C compiler)"
+
+
+def test_a_run_begun_on_a_cpu_says_once_that_a_gpu_waits_for_it(tmp_path, measurements, monkeypatch, capsys):
+    kernel_choice._say_that_padded_waits.cache_clear()
+    config = make_run(tmp_path, tmp_path / "run")
+    config.model.moe.expert_kernel = ExpertKernel.padded
+    assert resolve(config).model.moe.expert_kernel is ExpertKernel.padded
+    resolve(config)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "a GPU waits" in line and "model.moe.expert_kernel=auto" in line and not measurements
+    kernel_choice._say_that_padded_waits.cache_clear()
+    monkeypatch.setattr(kernel_choice.torch.cuda, "is_available", lambda: False)
+    resolve(config)
+    assert not capsys.readouterr().out
 
 
 def test_a_kernel_that_is_named_is_not_measured(tmp_path, measurements):

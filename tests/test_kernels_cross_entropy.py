@@ -126,6 +126,21 @@ def test_autocast_decides_the_type_of_the_matmuls(way):
     assert torch.equal(gradients[1].bfloat16().float(), references[1])
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_the_upstream_gradient_is_not_rounded(way, dtype):
+    """1 / 2043 lies 0.24 % off the nearest bf16 number: rounded, it would be a common factor of all gradients."""
+    hidden, weight, targets = head_case(5, 8, 40, F32)
+    hidden, weight = (leaf.detach().to(dtype).requires_grad_() for leaf in (hidden, weight))
+    with way(), torch.autocast("cpu", BF16):
+        nats = linear_cross_entropy(hidden, weight, targets)
+        whole = torch.autograd.grad(nats, (hidden, weight), retain_graph=True)
+        parts = torch.autograd.grad(nats / 2043, (hidden, weight))
+    scale = torch.tensor(1 / 2043)
+    assert torch.equal(parts[0], (whole[0].float() * scale).to(dtype))
+    if dtype == F32:  # what is kept of the weight's is fp32: that of a bf16 weight was rounded after the first scale
+        assert torch.equal(parts[1], whole[1] * scale)
+
+
 def test_the_weights_gradient_is_summed_in_fp32(way, monkeypatch):
     """One chunk adds 128, the others a quarter each: in bf16 the sum would not grow."""
     monkeypatch.setattr(chunked, "CHUNK_BYTES", 1)

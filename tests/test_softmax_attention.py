@@ -1,11 +1,13 @@
 """Mask and softmax attention: the paths of the CPU against torch's own, outputs and every gradient."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from models import softmax_attention
-from models.softmax_attention import attention_bias, attention_mask, masked_attention
+from models.softmax_attention import attention_bias, attention_mask, masked_attention, serves_grouped_heads
 from tests.tiny import relative_error
 
 # Batch, query heads, key heads, positions, width of queries and keys, width of values, scale.
@@ -50,6 +52,30 @@ def test_long_sequences_take_torchs_kernel_with_the_same_result(monkeypatch):
     short = masked_attention(query, key, value, bias, 0.6)
     monkeypatch.setattr(softmax_attention, "MATERIALIZE_UP_TO", 19)
     assert relative_error(masked_attention(query, key, value, bias, 0.6), short) < 1e-5
+
+
+def test_on_a_gpu_no_grouped_heads_reach_torchs_kernel(monkeypatch):
+    """With a mask they would take the kernel that holds all probabilities."""
+    leaves = [torch.randn(2, heads, 20, width, requires_grad=True) for heads, width in ((6, 8), (2, 8), (2, 5))]
+    bias = attention_bias(attention_mask(torch.arange(20).expand(2, -1) // 7), torch.float32)
+    monkeypatch.setattr(softmax_attention, "MATERIALIZE_UP_TO", 0)
+    results, calls = [], []
+    fused = F.scaled_dot_product_attention
+
+    def seen(query, key, value, **settings):
+        calls.append((key.shape[1], value.shape[1], settings["enable_gqa"]))
+        return fused(query, key, value, **settings)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
+    for serves in (True, False):
+        monkeypatch.setattr(softmax_attention, "serves_grouped_heads", lambda query, serves=serves: serves)
+        out = masked_attention(*leaves, bias, 0.6)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    assert calls == [(2, 2, True), (6, 6, False)]
+    for actual, expected in zip(results[1], results[0], strict=True):
+        assert actual.shape == expected.shape and relative_error(actual, expected) < 1e-6
+    assert not serves_grouped_heads(SimpleNamespace(device=torch.device("cuda")))
+    assert serves_grouped_heads(leaves[0])
 
 
 def test_mask_is_causal_and_ends_at_documents():

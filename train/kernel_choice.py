@@ -5,6 +5,7 @@ that has begun: a second one may come out otherwise.
 """
 
 import json
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -29,18 +30,31 @@ def resolve_expert_kernel(model: TransformerConfig, num_tokens: int, precision: 
     """
     assert model.moe is not None  # the caller has looked
     if model.moe.expert_kernel is not ExpertKernel.auto:
+        if model.moe.expert_kernel is ExpertKernel.padded and torch.cuda.is_available():
+            _say_that_padded_waits()
         return model.moe.expert_kernel
     if not torch.cuda.is_available():
         return ExpertKernel.padded
     key = json.dumps([to_plain(model.moe), model.d_model, num_tokens, str(precision)])
     if key not in _measured:
-        seconds = expert_kernel_seconds(model, torch.device("cuda"), num_tokens, precision)
+        seconds, failures = expert_kernel_seconds(model, torch.device("cuda"), num_tokens, precision)
         _measured[key] = fastest_expert_kernel(seconds)
-        torch.cuda.empty_cache()  # a planner lives beside the trials
+        for kernel, failure in failures.items():
+            print(f"expert kernel: {kernel.value} is left out ({failure})", flush=True)
         times = ", ".join(f"{kernel.value} {1e3 * value:.3g}" for kernel, value in seconds.items())
         what = f"ms forward and backward of one layer, {num_tokens} tokens"
         print(f"expert kernel: {_measured[key].value} ({what}: {times})", flush=True)
     return _measured[key]
+
+
+@cache
+def _say_that_padded_waits() -> None:
+    """Once per process: a run that was begun on a CPU has `padded` in its configuration, which stays."""
+    print(
+        "expert kernel: padded, as set or recorded by a run on a CPU, lays its groups out on the host, for which a GPU "
+        "waits in every layer; a new run may measure the others with model.moe.expert_kernel=auto",
+        flush=True,
+    )
 
 
 def keep_expert_kernel(model: TransformerConfig, run_dir: Path) -> None:

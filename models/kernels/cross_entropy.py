@@ -141,7 +141,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (scale,) = grads
+        # Of one dimension: a scalar would be rounded to the type of `kept`, and all gradients be off by one factor.
+        scale = grads[0].view(1)
         scaled = (
             torch.mul(kept, scale, out=torch.empty_like(kept, dtype=dtype)) if wanted else None
             for kept, wanted, dtype in zip(ctx.saved_tensors, ctx.wanted, ctx.dtypes, strict=True)

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from models.kernels import launch
+
 # Triton types what it compiles by itself.
 # mypy: disable-error-code="no-untyped-def"
 
@@ -66,7 +68,8 @@ def softmax_cross_entropy_(
         with_gradient: overwrite the logits with the gradient of the sum of the losses.
     """
     num_tokens, vocab_size = logits.shape
-    softmax_cross_entropy_kernel[(num_tokens,)](
-        logits, targets, losses, vocab_size,
-        IGNORE_INDEX=ignore_index, WITH_GRADIENT=with_gradient, **sizes(vocab_size),
-    )  # fmt: skip
+    with launch.device_of(logits):
+        softmax_cross_entropy_kernel[(num_tokens,)](
+            logits, targets, losses, vocab_size,
+            IGNORE_INDEX=ignore_index, WITH_GRADIENT=with_gradient, **sizes(vocab_size),
+        )  # fmt: skip

@@ -133,7 +133,7 @@ def engram_gate(
     Engram, arXiv 2601.07372, eqs 4 and 6, with the signed square root of the official codes. `norm` is RMSNorm with
     the branch's weights. On a GPU with Triton one kernel per direction, in fp32 inside, whose result is the same to the
     bit from call to call on one kind of device; elsewhere, and for D above MAX_WIDTH, the same passes in plain torch.
-    The definition runs in fp64, and where torch.compile fuses it without Triton kernels.
+    The definition runs for types other than fp32 and bf16, and where torch.compile fuses it without Triton kernels.
 
     Args:
         hidden: (B, S, J, D).
@@ -156,8 +156,9 @@ def engram_gate(
     expected = ((*hidden.shape[:-2], 1 + branches, width), (branches, width), (branches, width))
     if shapes != expected:
         raise ValueError(f"value_keys, hidden_norm and key_norm have shapes {shapes}, must have {expected}")
-    compiling = torch.compiler.is_compiling() and not _kernel_runs(hidden)
-    if compiling or hidden.dtype == torch.float64 or hidden.numel() == 0:
+    tensors = (hidden, value_keys, hidden_norm, key_norm)
+    other_type = any(tensor.dtype not in launch.DTYPES for tensor in tensors)
+    if other_type or hidden.numel() == 0 or (torch.compiler.is_compiling() and not _kernel_runs(hidden)):
         return engram_gate_definition(hidden, value_keys, hidden_norm, key_norm, eps, residual)
     flat = (hidden.flatten(0, -3).contiguous(), value_keys.flatten(0, -3).contiguous())  # (T, J, D), (T, 1 + J, D)
     out, gates = _EngramGate.apply(*flat, hidden_norm.contiguous(), key_norm.contiguous(), eps, residual)

@@ -160,10 +160,11 @@ def forward(
     num_tokens, branches, width = hidden.shape
     gates = torch.empty(num_tokens, branches, dtype=torch.float32, device=hidden.device)
     statistics = torch.empty(num_tokens, branches, 3, dtype=torch.float32, device=hidden.device)
-    gate_forward_kernel[(num_tokens,)](
-        hidden, value_keys, hidden_norm, key_norm, out, gates, statistics, eps, width**-0.5,
-        WIDTH=width, BRANCHES=branches, RESIDUAL=residual, **forward_sizes(width),
-    )  # fmt: skip
+    with launch.device_of(hidden):
+        gate_forward_kernel[(num_tokens,)](
+            hidden, value_keys, hidden_norm, key_norm, out, gates, statistics, eps, width**-0.5,
+            WIDTH=width, BRANCHES=branches, RESIDUAL=residual, **forward_sizes(width),
+        )  # fmt: skip
     return gates, statistics
 
 
@@ -180,9 +181,10 @@ def backward(
     per_multiprocessor = BACKWARD_WARPS // sizes["num_warps"]
     programs = min(num_tokens, launch.num_multiprocessors(hidden.device) * per_multiprocessor)
     partial_sums = torch.empty(programs, branches, width, dtype=torch.float32, device=hidden.device)
-    gate_backward_kernel[(programs,)](
-        hidden, value_keys, hidden_norm, key_norm, statistics, grad_out, grad_gates,
-        grad_hidden, grad_value_keys, partial_sums, num_tokens, width**-0.5,
-        WIDTH=width, BRANCHES=branches, RESIDUAL=residual, **sizes,
-    )  # fmt: skip
+    with launch.device_of(hidden):
+        gate_backward_kernel[(programs,)](
+            hidden, value_keys, hidden_norm, key_norm, statistics, grad_out, grad_gates,
+            grad_hidden, grad_value_keys, partial_sums, num_tokens, width**-0.5,
+            WIDTH=width, BRANCHES=branches, RESIDUAL=residual, **sizes,
+        )  # fmt: skip
     return grad_hidden, grad_value_keys, partial_sums.sum(0)

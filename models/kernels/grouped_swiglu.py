@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from models.kernels import launch
+
 # Columns of F per program of the hidden layer's backward pass; fixed, because it sets the shape of a partial sum.
 HIDDEN_COLUMNS = 128
 
@@ -79,7 +81,8 @@ def _multiply_rows(x: Tensor, bounds: Tensor, matrices: Tensor, transposed: bool
         inner, width = width, inner
     out = torch.empty((x.shape[0], width), dtype=x.dtype, device=x.device)
     grid = _row_grid(x.shape[0], num_experts, width)
-    rows_kernel[grid](x, bounds, matrices, out, num_experts, inner, width, transposed)
+    with launch.device_of(x):
+        rows_kernel[grid](x, bounds, matrices, out, num_experts, inner, width, transposed)
     return out
 
 
@@ -93,7 +96,8 @@ def _weight_gradient(left: Tensor, right: Tensor, bounds: Tensor, like: Tensor) 
     def grid(meta: dict[str, int]) -> tuple[int]:
         return (num_experts * _tiles(height, meta["BLOCK_M"]) * _tiles(width, meta["BLOCK_N"]),)
 
-    weight_gradient_kernel[grid](left, right, bounds, out, num_experts, height, width)
+    with launch.device_of(left):
+        weight_gradient_kernel[grid](left, right, bounds, out, num_experts, height, width)
     return out
 
 
@@ -109,9 +113,10 @@ def _forward(
     if num_rows == 0:  # nothing to time, and timings are kept
         return torch.empty_like(tokens), pre
     hidden = torch.empty((num_rows, d_expert), dtype=tokens.dtype, device=tokens.device)
-    gate_up_kernel[_row_grid(num_rows, num_experts, d_expert)](
-        tokens, weights, bounds, gate_up.to(tokens.dtype), pre, hidden, num_experts, d_model, d_expert, keep_pre
-    )
+    with launch.device_of(tokens):
+        gate_up_kernel[_row_grid(num_rows, num_experts, d_expert)](
+            tokens, weights, bounds, gate_up.to(tokens.dtype), pre, hidden, num_experts, d_model, d_expert, keep_pre
+        )
     return _multiply_rows(hidden, bounds, down.to(tokens.dtype), False), pre
 
 
@@ -135,10 +140,11 @@ def _backward(
     hidden = torch.empty((num_rows, d_expert), dtype=tokens.dtype, device=tokens.device)
     partial = torch.empty((num_rows, _tiles(d_expert, HIDDEN_COLUMNS)), dtype=torch.float32, device=tokens.device)
     grad_pre = torch.empty_like(pre)
-    hidden_backward_kernel[_row_grid(num_rows, num_experts, d_expert)](
-        grad, weights, bounds, down.to(tokens.dtype), pre, hidden, grad_pre, partial, num_experts, d_model, d_expert,
-        HIDDEN_COLUMNS,
-    )  # fmt: skip
+    with launch.device_of(tokens):
+        hidden_backward_kernel[_row_grid(num_rows, num_experts, d_expert)](
+            grad, weights, bounds, down.to(tokens.dtype), pre, hidden, grad_pre, partial, num_experts, d_model,
+            d_expert, HIDDEN_COLUMNS,
+        )  # fmt: skip
     return (
         _multiply_rows(grad_pre, bounds, gate_up.to(tokens.dtype), True),
         partial.sum(1, keepdim=True).to(weights.dtype),
@@ -189,7 +195,7 @@ def grouped_swiglu(tokens: Tensor, weights: Tensor, counts: Tensor, gate_up: Ten
     Raises:
         ValueError: `tokens` have another type.
     """
-    if tokens.dtype not in (torch.bfloat16, torch.float32):
+    if tokens.dtype not in launch.DTYPES:
         raise ValueError(f"the Triton kernels take bf16 or fp32 rows, not {tokens.dtype}; use engine.precision=bf16")
     inputs = (tokens, weights, gate_up, down)
     keep_pre = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)

@@ -1,6 +1,7 @@
 """Where the Triton kernels run: the one place that decides it. Nothing here imports Triton."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 
 import torch
@@ -16,18 +17,29 @@ interpret_on_cpu = False
 # Multiprocessors that the interpreter is taken to have: with more than one, partial sums of programs are exercised.
 INTERPRETED_MULTIPROCESSORS = 3
 
+# What the kernels read and write. They compute in fp32 inside, which would be less than fp64 promises.
+DTYPES = (torch.float32, torch.bfloat16)
+
 # Shared memory of one multiprocessor of sm_90 (H100, H200), bytes: CUDA C++ programming guide, compute capabilities.
 SHARED_MEMORY_SM90 = 228 * 1024
 
 
-def can_run(x: Tensor) -> bool:
-    """Whether Triton kernels can work on `x`: Triton is installed and compiles for the GPU that holds `x`.
+def can_run(x: Tensor, *others: Tensor) -> bool:
+    """Whether Triton kernels can work on `x` and the `others` beside it.
 
-    Where it interprets, tensors on a GPU are left to torch, and those on a CPU are taken if `interpret_on_cpu` says so.
+    All are of DTYPES, Triton is installed, and it compiles for the GPU that holds `x`. Where it interprets, tensors on
+    a GPU are left to torch, and those on a CPU are taken if `interpret_on_cpu` says so.
     """
+    if not INSTALLED or any(tensor.dtype not in DTYPES for tensor in (x, *others)):
+        return False
     if x.device.type == "cpu":
-        return INSTALLED and interpret_on_cpu
-    return INSTALLED and x.is_cuda and not INTERPRETED
+        return interpret_on_cpu
+    return x.is_cuda and not INTERPRETED
+
+
+def device_of(x: Tensor) -> AbstractContextManager[object]:
+    """For launches: Triton takes the current GPU and its stream, wherever the tensors are."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def num_multiprocessors(device: torch.device) -> int:

@@ -233,13 +233,14 @@ def fill(origin: Origin, config: Config, folder: Path) -> tuple[Transformer, Rep
     zero lie where the norm in the gate is steepest. Zero rows and a zero projection together would never learn.)
     """
     model = Transformer(config.model)
-    initialize(model, config.seed)
+    state = model.state_dict()
+    taken: dict[str, list[Part]] = {name: [] for name in state}
+    filled = {part.target for part in origin.parts}
+    initialize(model, config.seed, only=state.keys() - filled)  # what is filled is not drawn first; see `_own`
     for block in model.blocks:
         engram = block.engram
         if isinstance(engram, Engram):
             engram.value_key.weight[: config.model.d_model] = 0
-    state = model.state_dict()
-    taken: dict[str, list[Part]] = {name: [] for name in state}
     for part in origin.parts:
         place = state[part.target][part.region]
         values = part.convert(origin.source.read(part.source))
