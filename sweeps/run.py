@@ -21,8 +21,8 @@ from sweeps.plan_table import plan_table
 from sweeps.processes import FolderBusyError
 from sweeps.report import build_report, read_conclusion
 from sweeps.runner import Command, Summary, peak_disk_bytes, pretrain_command, run_trials
-from sweeps.settings import SweepConfig, folder_of
-from sweeps.trial import PYTHON, Plan, read_plan, write_plan
+from sweeps.settings import SweepConfig, folder_of, refuse_decided
+from sweeps.trial import PYTHON, Plan, read_plan, started_plan, write_plan
 from train.compose import compose
 from train.config import Config
 from train.identity import differing_settings
@@ -76,10 +76,7 @@ def compose_sweep(overrides: list[str]) -> SweepRoot:
     Raises:
         ValueError: one line with the setting, its value, and the name that was perhaps meant.
     """
-    for word in overrides:
-        for name, instead in _OF_A_RUN.items():
-            if word.lstrip("+").startswith(f"{name}="):
-                raise ValueError(f"{word}: a sweep sets {name} of its trials itself; {instead}")
+    refuse_decided(overrides, "a sweep", _OF_A_RUN)
     return compose(SweepRoot, "sweep_schema", "sweep", overrides)
 
 
@@ -128,7 +125,7 @@ def make_plan(root: SweepRoot, prepared: PreparedData | None, folder: Path) -> t
     Raises:
         ValueError: settings without a plan; or the folder already holds trials of a sweep with other shared settings.
     """
-    previous = read_plan(folder) if (folder / "plan.json").is_file() and any(folder.glob("trials/*")) else None
+    previous = started_plan(folder)
     planner = Planner(
         base=Config(**{f.name: getattr(root, f.name) for f in dataclasses.fields(Config)}),
         sweep=root.sweep,
