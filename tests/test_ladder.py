@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,14 @@ def test_the_shipped_ladder_compares_equals() -> None:
     for trial in plan.trials:
         assert abs(trial.flops_residual) < 0.003 and trial.tokens == plan.trials[0].tokens
         assert trial.name in smaller or abs(trial.params_residual) < 0.025
+
+
+def test_the_shipped_file_names_the_rungs_of_other_size() -> None:
+    ladder = Ladder.read(SHIPPED)
+    trials = make_plan(ladder, configs(ladder, ["engine.native_kernels=off"]), None).trials
+    said = dict(re.findall(r"(\w+) (-\d+\.\d) %", SHIPPED.read_text(encoding="utf-8")))
+    sizes = {trial.name: f"{100 * trial.params_residual:+.1f}" for trial in trials}
+    assert said == {name: size for name, size in sizes.items() if abs(float(size)) > 0.2}
 
 
 def test_a_rung_is_a_run_that_can_be_repeated() -> None:
