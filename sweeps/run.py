@@ -9,6 +9,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -94,7 +95,6 @@ def act(root: SweepRoot, command: Command = pretrain_command) -> int:
     make_plan(root, None, folder)  # wrong settings are found before the data are prepared, which takes minutes
     planner, plan = make_plan(root, prepare(root.data), folder)
     plan.command = [PYTHON, "-m", "sweeps.run", *sys.argv[1:]]
-    write_plan(plan, folder)
     _show(plan, folder, console)
     try:
         summary = _run(planner, plan, folder, command)
@@ -163,12 +163,12 @@ def _run(planner: Planner, plan: Plan, folder: Path, command: Command) -> Summar
             command,
             num_gpus=torch.cuda.device_count(),
             on_end=lambda: collect(folder),
+            on_start=partial(write_plan, plan, folder),
         )
         longer = planner.second_stage(plan, val_losses(plan, folder))
         if len(longer.trials) == len(plan.trials):
             return summary
         plan = longer
-        write_plan(plan, folder)
 
 
 def _prepared_or_none(root: SweepRoot) -> PreparedData | None:
