@@ -221,7 +221,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--micro-batch", type=int, default=1, help="sequences of one forward pass, for activations")
     choices = [choice.value for choice in ActivationCheckpointing]
     parser.add_argument("--checkpointing", choices=choices, help="what is kept of a block; default: the preset's")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     if args.all:
         print(comparison(list(PAPERS)), end="")
         return 0

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -24,68 +23,45 @@ from sweeps.allocation import measure
 from sweeps.collect import collect, val_losses
 from sweeps.estimate import Machine, Pace, make_trial, process_bytes
 from sweeps.forms import contrast
+from sweeps.ladder_settings import SHIPPED, Ladder, configs
 from sweeps.noise import Interval, estimate_noise, two_way
+from sweeps.plan import keep_machine_choices
 from sweeps.processes import FolderBusyError
 from sweeps.run import EXIT_FAILED_TRIALS, EXIT_SETTINGS, EXIT_STOPPED, make_console
 from sweeps.runner import Command, pretrain_command, run_trials
-from sweeps.trial import Plan, Trial, TrialKind, write_plan
-from train.compose import compose
+from sweeps.trial import Plan, Trial, TrialKind, started_plan, write_plan
 from train.config import Config, resolve, validate
 from train.files import atomic_write
+from train.identity import differing_settings, identity_settings
 from train.prepare import PreparedData, prepare
 
 RESULTS_FILE = "ladder.md"
-SHIPPED = Path(__file__).resolve().parents[1] / "conf" / "ladder" / "tiny.yaml"
-_KEYS = {"name", "seeds", "reference", "settings", "rungs"}
 
 
-@dataclass(frozen=True)
-class Ladder:
-    """What conf/ladder/*.yaml says."""
+def make_plan(
+    ladder: Ladder, rungs: dict[str, Config], prepared: PreparedData | None, previous: Plan | None = None
+) -> Plan:
+    """Every rung with every seed.
 
-    name: str  # folder below runs/
-    seeds: list[int]  # paired: one seed is one order of the data
-    reference: str  # the rung that the others are compared with
-    settings: list[str]  # of all rungs
-    rungs: dict[str, list[str]]  # name -> settings of its own
-
-    @classmethod
-    def read(cls, path: Path) -> "Ladder":
-        """The ladder of a file.
-
-        Raises:
-            ValueError: no such file, or one that is no ladder.
-        """
-        if not path.is_file():
-            raise ValueError(f"--file={path}: there is no such file; shipped: {SHIPPED}")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or set(content) != _KEYS:
-            raise ValueError(f"{path} must hold exactly {', '.join(sorted(_KEYS))}")
-        ladder = cls(**content)
-        if ladder.reference not in ladder.rungs:
-            raise ValueError(f"{path}: reference={ladder.reference} must be one of the rungs {sorted(ladder.rungs)}")
-        if len(set(ladder.seeds)) != len(ladder.seeds) or len(ladder.seeds) < 2:
-            raise ValueError(f"{path}: seeds={ladder.seeds} must be two or more different seeds; usual: [0, 1, 2]")
-        return ladder
-
-
-def configs(ladder: Ladder, settings: list[str]) -> dict[str, Config]:
-    """{rung: its configuration}; later settings win."""
-    return {
-        rung: compose(Config, "train_schema", "train", [*ladder.settings, *own, *settings])
-        for rung, own in ladder.rungs.items()
-    }
-
-
-def make_plan(ladder: Ladder, rungs: dict[str, Config], prepared: PreparedData | None) -> Plan:
-    """Every rung with every seed."""
+    Args:
+        ladder: what is compared.
+        rungs: {rung: its configuration}; what is left open in them is filled in place.
+        prepared: the data, whose fingerprint becomes part of every trial; None where they are not prepared yet.
+        previous: the plan its folder was started with; the machine choices (threads, precision, kernels) are kept.
+    """
     reference = rungs[ladder.reference]
     machine = Machine.here()
     needed = max(process_bytes(config.model) for config in rungs.values())
     jobs = machine.jobs(len(rungs) * len(ladder.seeds), needed)
     pace = Pace(machine, prepared.num_val_tokens if prepared is not None else None)
     arms = {}
+    recorded = _recorded(previous)
     for rung, config in rungs.items():
+        if rung in recorded:
+            keep_machine_choices(config, recorded[rung])
+        elif recorded:  # a new rung is compared with the old ones; its kernel of experts depends on its own shape
+            of_all = recorded.get(ladder.reference, next(iter(recorded.values())))
+            keep_machine_choices(config, {"engine": of_all["engine"]})
         if config.engine.num_threads == 0:
             config.engine.num_threads = max(1, machine.cores // jobs)
         if prepared is not None:
@@ -108,6 +84,41 @@ def make_plan(ladder: Ladder, rungs: dict[str, Config], prepared: PreparedData |
         trials=trials,
         provenance=dict(prepared.provenance) if prepared is not None else {},
     )
+
+
+def _recorded(plan: Plan | None) -> dict[str, dict[str, Any]]:
+    """{rung: the configuration of one of its trials}."""
+    return {trial.name: trial.config for trial in plan.trials} if plan is not None else {}
+
+
+def refuse_other_ladder(previous: Plan | None, plan: Plan, folder: Path) -> None:
+    """More rungs or seeds may join a ladder; a rung whose settings have changed is another one.
+
+    Raises:
+        ValueError: with the rungs and the settings that differ.
+    """
+    if previous is None:
+        return
+    remedy = "choose another name in the ladder's file, restore the settings, or move the folder away"
+    if any(trial.kind is not TrialKind.rung for trial in previous.trials):
+        raise ValueError(f"{folder} holds trials of a sweep: {remedy}")
+    before, now = _recorded(previous), _recorded(plan)
+    changes = [
+        f"{rung}: {change}"
+        for rung in now
+        if rung in before
+        for change in differing_settings(_shared(before[rung]), _shared(now[rung]))
+        if plan.fingerprint or not change.startswith("data.fingerprint:")
+    ]
+    if changes:
+        raise ValueError(f"{folder} holds trials of a ladder with other settings ({'; '.join(changes[:5])}): {remedy}")
+
+
+def _shared(config: dict[str, Any]) -> dict[str, Any]:
+    """What all seeds of a rung have in common."""
+    settings = identity_settings(config)
+    del settings["seed"]
+    return settings
 
 
 @dataclass(frozen=True)
@@ -169,12 +180,29 @@ def markdown(rungs: list[Rung], sigma: float, reference: str, seeds: list[int]) 
 
 def run(ladder: Ladder, plan: Plan, folder: Path, command: Command = pretrain_command) -> tuple[str, int]:
     """Run what is not finished; the result's text, also in `ladder.md`, and the number of trials that failed."""
-    write_plan(plan, folder)
-    summary = run_trials(plan.trials, folder, plan.jobs, command=command, num_gpus=torch.cuda.device_count())
+
+    def claim() -> None:
+        refuse_other_ladder(started_plan(folder), plan, folder)  # another runner may have begun since we looked
+        write_plan(plan, folder)
+
+    num_gpus = torch.cuda.device_count()
+    summary = run_trials(plan.trials, folder, plan.jobs, command=command, num_gpus=num_gpus, on_start=claim)
     collect(folder)
     text = markdown(*results(plan, folder, ladder.reference), ladder.reference, ladder.seeds)
     atomic_write(folder / RESULTS_FILE, text)
     return text, len(summary.failed)
+
+
+def plan_folder(ladder: Ladder, rungs: dict[str, Config], prepared: PreparedData | None, folder: Path) -> Plan:
+    """The plan of a ladder whose trials lie, or will lie, in `folder`.
+
+    Raises:
+        ValueError: settings that do not fit each other; or the folder holds trials of another ladder, or of a sweep.
+    """
+    previous = started_plan(folder)
+    plan = make_plan(ladder, rungs, prepared, previous)
+    refuse_other_ladder(previous, plan, folder)
+    return plan
 
 
 def _show(plan: Plan, console: Console) -> None:
@@ -195,16 +223,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("action", choices=["plan", "run"])
     parser.add_argument("settings", nargs="*", metavar="setting=value")
     parser.add_argument("--file", type=Path, default=SHIPPED)
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     console = make_console()
     try:
         ladder = Ladder.read(args.file)
         rungs = configs(ladder, args.settings)
         folder = Path("runs") / ladder.name
+        plan = plan_folder(ladder, rungs, None, folder)  # wrong settings are found before the data are prepared
         if args.action == "plan":
-            _show(make_plan(ladder, rungs, None), console)
+            _show(plan, console)
             return 0
-        plan = make_plan(ladder, rungs, prepare(rungs[ladder.reference].data))
+        plan = plan_folder(ladder, rungs, prepare(rungs[ladder.reference].data), folder)
         _show(plan, console)
         text, num_failed = run(ladder, plan, folder)
     except (ValueError, OSError, FolderBusyError) as error:

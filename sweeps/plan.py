@@ -61,7 +61,7 @@ class Planner:
         num_trials = len(sweep.rhos) * len(sweep.seeds)
         self._jobs = sweep.jobs or machine.jobs(num_trials, process_bytes(self._base.model))
         if previous is not None:
-            _keep_machine_choices(self._base, previous)
+            keep_machine_choices(self._base, previous.identity)
         if self._base.engine.num_threads == 0:
             self._base.engine.num_threads = max(1, machine.cores // self._jobs)
         resolve(self._base)
@@ -195,18 +195,18 @@ def planned_seconds(plan: Plan) -> float:
     return RemainingTime().of_sweep([], seconds, plan.jobs)
 
 
-def _keep_machine_choices(base: Config, previous: Plan) -> None:
-    """Where the user left threads, precision or kernels open, take those the sweep was started with."""
-    engine = previous.identity["engine"]
-    if base.engine.num_threads == 0:
-        base.engine.num_threads = int(engine["num_threads"])
-    if base.engine.precision is Precision.auto:
-        base.engine.precision = Precision(engine["precision"])
-    if base.engine.native_kernels is NativeKernels.auto:
-        base.engine.native_kernels = NativeKernels(engine["native_kernels"])
-    kernel = expert_kernel_of(previous.identity)
-    if base.model.moe is not None and base.model.moe.expert_kernel is ExpertKernel.auto and kernel is not None:
-        base.model.moe.expert_kernel = kernel
+def keep_machine_choices(config: Config, recorded: dict[str, Any]) -> None:
+    """Where the user left threads, precision or kernels open, take those of the recorded configuration, in place."""
+    engine = recorded["engine"]
+    if config.engine.num_threads == 0:
+        config.engine.num_threads = int(engine["num_threads"])
+    if config.engine.precision is Precision.auto:
+        config.engine.precision = Precision(engine["precision"])
+    if config.engine.native_kernels is NativeKernels.auto:
+        config.engine.native_kernels = NativeKernels(engine["native_kernels"])
+    kernel = expert_kernel_of(recorded)
+    if config.model.moe is not None and config.model.moe.expert_kernel is ExpertKernel.auto and kernel is not None:
+        config.model.moe.expert_kernel = kernel
 
 
 def _refuse_equal_arms(arms: dict[float, Arm]) -> None:

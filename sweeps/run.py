@@ -9,6 +9,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,8 +22,8 @@ from sweeps.plan_table import plan_table
 from sweeps.processes import FolderBusyError
 from sweeps.report import build_report, read_conclusion
 from sweeps.runner import Command, Summary, peak_disk_bytes, pretrain_command, run_trials
-from sweeps.settings import SweepConfig, folder_of
-from sweeps.trial import PYTHON, Plan, read_plan, write_plan
+from sweeps.settings import SweepConfig, folder_of, refuse_decided
+from sweeps.trial import PYTHON, Plan, read_plan, started_plan, write_plan
 from train.compose import compose
 from train.config import Config
 from train.identity import differing_settings
@@ -76,10 +77,7 @@ def compose_sweep(overrides: list[str]) -> SweepRoot:
     Raises:
         ValueError: one line with the setting, its value, and the name that was perhaps meant.
     """
-    for word in overrides:
-        for name, instead in _OF_A_RUN.items():
-            if word.lstrip("+").startswith(f"{name}="):
-                raise ValueError(f"{word}: a sweep sets {name} of its trials itself; {instead}")
+    refuse_decided(overrides, "a sweep", _OF_A_RUN)
     return compose(SweepRoot, "sweep_schema", "sweep", overrides)
 
 
@@ -97,7 +95,6 @@ def act(root: SweepRoot, command: Command = pretrain_command) -> int:
     make_plan(root, None, folder)  # wrong settings are found before the data are prepared, which takes minutes
     planner, plan = make_plan(root, prepare(root.data), folder)
     plan.command = [PYTHON, "-m", "sweeps.run", *sys.argv[1:]]
-    write_plan(plan, folder)
     _show(plan, folder, console)
     try:
         summary = _run(planner, plan, folder, command)
@@ -128,7 +125,7 @@ def make_plan(root: SweepRoot, prepared: PreparedData | None, folder: Path) -> t
     Raises:
         ValueError: settings without a plan; or the folder already holds trials of a sweep with other shared settings.
     """
-    previous = read_plan(folder) if (folder / "plan.json").is_file() and any(folder.glob("trials/*")) else None
+    previous = started_plan(folder)
     planner = Planner(
         base=Config(**{f.name: getattr(root, f.name) for f in dataclasses.fields(Config)}),
         sweep=root.sweep,
@@ -166,12 +163,12 @@ def _run(planner: Planner, plan: Plan, folder: Path, command: Command) -> Summar
             command,
             num_gpus=torch.cuda.device_count(),
             on_end=lambda: collect(folder),
+            on_start=partial(write_plan, plan, folder),
         )
         longer = planner.second_stage(plan, val_losses(plan, folder))
         if len(longer.trials) == len(plan.trials):
             return summary
         plan = longer
-        write_plan(plan, folder)
 
 
 def _prepared_or_none(root: SweepRoot) -> PreparedData | None:

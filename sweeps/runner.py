@@ -89,6 +89,7 @@ def run_trials(
     command: Command = pretrain_command,
     num_gpus: int = 0,
     on_end: Callable[[], object] = lambda: None,
+    on_start: Callable[[], object] = lambda: None,
 ) -> Summary:
     """Run every trial that is not finished, `jobs` at once, the longest first; returns when all have ended.
 
@@ -100,6 +101,7 @@ def run_trials(
         command: trial folder -> command line.
         num_gpus: above 0, the trial in place i sees only GPU i modulo `num_gpus`.
         on_end: called after each trial has ended, well or not.
+        on_start: called once the folder is locked and before anything else: what a refused runner must not write.
 
     Raises:
         FolderBusyError: another runner works here.
@@ -108,6 +110,7 @@ def run_trials(
         KeyboardInterrupt: Ctrl-C or SIGTERM, after all trials were stopped.
     """
     with folder_lock(sweep_dir), _sigterm_as_interrupt():
+        on_start()
         finished = [trial for trial in trials if is_finished(trial_dir(sweep_dir, trial), trial)]
         done = {trial.trial_id for trial in finished}
         waiting = sorted((t for t in trials if t.trial_id not in done), key=lambda trial: -trial.estimated_seconds)

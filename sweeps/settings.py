@@ -36,8 +36,7 @@ class SweepConfig:
     engram: EngramConfig = field(default_factory=EngramConfig)  # the module; table_size is solved for each arm
 
     def __post_init__(self) -> None:
-        if not self.name or any(part in self.name for part in ("/", "\\", "..")) or self.name != self.name.strip():
-            raise ValueError(f"sweep.name={self.name!r} must be a plain folder name, e.g. sweep.name=my_sweep")
+        check_folder_name("sweep.name", self.name)
         for rho in [*self.rhos, self.control_rho]:
             if not 0 <= rho <= 1:
                 nearest = min(max(rho, 0.0), 1.0)
@@ -84,6 +83,21 @@ def _refuse_duplicates(name: str, values: Sequence[Any]) -> None:
     if len(set(values)) != len(values):
         unique = [getattr(value, "value", value) for value in dict.fromkeys(values)]
         raise ValueError(f"{name} names a value twice; each may occur once: {unique}")
+
+
+def check_folder_name(setting: str, name: object) -> None:
+    """Raises ValueError where `name` is no folder's name."""
+    plain = isinstance(name, str) and name == name.strip() and not any(part in name for part in ("/", "\\", ".."))
+    if not name or not plain:
+        raise ValueError(f"{setting}={name!r} must be a plain folder name, e.g. my_sweep")
+
+
+def refuse_decided(words: Sequence[str], whose: str, instead: dict[str, str]) -> None:
+    """Raises ValueError for a word of a command line that sets what `whose` decides for each of its trials."""
+    for word in words:
+        name = word.lstrip("+").partition("=")[0]
+        if "=" in word and name in instead:
+            raise ValueError(f"{word}: {whose} sets {name} of its trials itself; {instead[name]}")
 
 
 def folder_of(sweep: SweepConfig) -> Path:

@@ -137,6 +137,12 @@ def read_plan(sweep_dir: Path) -> Plan:
         raise ValueError(f"{path} is not whole ({error}); remove it: the sweep makes it anew when started") from error
 
 
+def started_plan(sweep_dir: Path) -> Plan | None:
+    """The plan of a folder that holds trials already, or None where nothing was started."""
+    started = (sweep_dir / PLAN_FILE).is_file() and any(sweep_dir.glob("trials/*"))
+    return read_plan(sweep_dir) if started else None
+
+
 def trial_dir(sweep_dir: Path, trial: Trial) -> Path:
     """Absolute folder of a trial."""
     return Path(sweep_dir).resolve() / "trials" / trial.trial_id

@@ -10,6 +10,7 @@ from models.memory_table import LocalTable
 from models.ngram_hash import NgramHasher, layer_multipliers, num_rows, table_sizes
 from models.over_encoding import OverEncoding, OverEncodingConfig
 from models.transformer import Transformer
+from scripts.params import model_config
 from tests.test_ngram_hash import brute_force
 from tests.tiny import TinyMemory, relative_error, tiny_batch, tiny_config, tiny_model
 from train.optim import OptimConfig, OptimizerKind, parameter_groups
@@ -54,6 +55,15 @@ def test_the_input_equals_averages_of_rows_found_by_python_integers(max_ngram_si
     merged = torch.zeros_like(row_grad)
     merged[table.pending_rows()] = table._merged()[1].double()
     assert relative_error(merged, row_grad) < 1e-5
+
+
+@pytest.mark.parametrize("preset", ["tiny_over_encoding", "tiny_arm_over_encoding"])
+def test_the_averaged_state_of_the_presets_starts_at_the_scale_of_tiny(preset):
+    cfg = model_config(preset, []).model
+    embedding = torch.randn(1, 256, cfg.d_model) * cfg.embedding_init_std
+    module = OverEncoding(cfg.over_encoding, cfg.d_model)
+    averaged = module(embedding, torch.zeros(1, 256, cfg.over_encoding.num_rows_per_token, cfg.over_encoding.row_dim))
+    assert averaged.std().item() == pytest.approx(model_config("tiny", []).model.embedding_init_std, rel=0.05)
 
 
 def over_encoded(kind: str = "moe"):

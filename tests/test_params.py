@@ -107,3 +107,12 @@ def test_the_tables_are_printed(capsys):
     out = capsys.readouterr().out
     assert "micro-batch 2 x 256 in bf16, checkpointing full" in out and "block inputs" in out
     assert "without vocabulary" in out and "attention projections" in out and "8 devices, ZeRO 2" in out
+
+
+def test_settings_may_follow_options(capsys):
+    assert main(["tiny", "--zero", "1", "model.num_layers=3"]) == 0
+    printed = capsys.readouterr().out
+    assert main(["tiny", "model.num_layers=3", "--zero", "1"]) == 0
+    assert capsys.readouterr().out == printed and "ZeRO 1" in printed
+    assert main(["tiny", "--zero", "1"]) == 0
+    assert capsys.readouterr().out != printed

@@ -3,11 +3,13 @@
 import csv
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from sweeps import run
+from sweeps.processes import FolderBusyError, folder_lock
 from sweeps.run import Action, SweepRoot, act, compose_sweep
 from sweeps.trial import TrialKind, read_plan, trial_dir
 from tests.test_plan import prepared
@@ -145,13 +147,22 @@ def test_changed_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_interrupted_run_says_how_to_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object, **__: object) -> None:
+    def interrupted(*_: object, on_start: Callable[[], None], **__: object) -> None:
+        on_start()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "run_trials", interrupted)
     assert act(started(tmp_path), fake_command) == 130
     assert "The same command goes on where this stopped" in capsys.readouterr().out
     assert {row["status"] for row in table(tmp_path / "s")} == {"waiting"}
+
+
+def test_a_refused_runner_writes_no_plan(tmp_path: Path) -> None:
+    act(started(tmp_path, "sweep.seeds=[10]"), fake_command)
+    plan = (tmp_path / "s" / "plan.json").read_text()
+    with folder_lock(tmp_path / "s"), pytest.raises(FolderBusyError):
+        act(started(tmp_path), fake_command)
+    assert (tmp_path / "s" / "plan.json").read_text() == plan
 
 
 def test_report_needs_a_sweep(tmp_path: Path) -> None:
