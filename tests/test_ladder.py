@@ -56,6 +56,14 @@ def test_the_shipped_ladder_compares_equals() -> None:
         assert trial.name in smaller or abs(trial.params_residual) < 0.025
 
 
+@pytest.mark.parametrize("path", sorted(SHIPPED.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_file_has_a_plan(path: Path) -> None:
+    ladder = Ladder.read(path)
+    trials = make_plan(ladder, configs(ladder, ["engine.native_kernels=off"]), None).trials
+    assert len({trial.trial_id for trial in trials}) == len(ladder.rungs) * len(ladder.seeds)
+    assert {trial.tokens for trial in trials} == {400 * 2048}
+
+
 def test_the_shipped_file_names_the_rungs_of_other_size() -> None:
     ladder = Ladder.read(SHIPPED)
     trials = make_plan(ladder, configs(ladder, ["engine.native_kernels=off"]), None).trials
