@@ -69,7 +69,7 @@ def _setting_words(schema: type, overrides: list[str]) -> list[tuple[str, str, A
     for text in overrides:
         key = text.split("=")[0]
         if "=" in text and key in names and not (_CONF / key).is_dir():
-            override = OverridesParser.create().parse_override(text)
+            (override,) = OverridesParser.create().parse_overrides([text])
             if not override.is_sweep_override():  # Hydra says what is wrong with a=1,2
                 words.append((text, key, override.value()))
     return words
