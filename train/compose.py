@@ -13,7 +13,7 @@ import yaml
 from hydra import initialize_config_dir, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -140,6 +140,8 @@ def _explain(error: BaseException, overrides: list[str], names: list[str]) -> st
         lines = [line for line in lines if not line.startswith(("Available options", "provider"))]
         options = [line for line in lines[1:] if not line.startswith("Config search path")]
         lines[0] += f"; there are: {', '.join(options)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: {lines[0]}"
     key = str(getattr(cause, "full_key", None) or "")
     if key and key not in names:
         return f"there is no setting {key}{_closest(key, names)} ({lines[0]})"
