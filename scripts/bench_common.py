@@ -56,11 +56,23 @@ def paired_ratio(times: list[float], others: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
+def unit() -> str:
+    """What multiplies bf16 here; speeds and ratios of one unit say little about another, so each has its own tables."""
+    if torch.cpu._is_amx_tile_supported():
+        return "amx"
+    return "avx512" if torch.cpu._is_avx512_bf16_supported() else "plain"
+
+
+def page(name: str, threads: int) -> str:
+    """Name of a report below OUT, without its ending."""
+    return f"{name}_cpu_{unit()}_{threads}_threads"
+
+
 def machine(threads: int) -> str:
     """Date and machine, for the first line of a report."""
     return (
-        f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores, {threads} thread(s), torch "
-        f"{torch.__version__}"
+        f"{time.strftime('%Y-%m-%d')}, {platform.machine()} ({unit()}), {os.cpu_count()} cores, {threads} thread(s), "
+        f"torch {torch.__version__}"
     )
 
 
@@ -73,6 +85,6 @@ def load() -> str:
 def write(name: str, threads: int, text: str, record: Any) -> None:
     """Print the report, and keep it and its numbers in OUT."""
     OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / f"{name}_cpu_{threads}_threads.md").write_text(text)
-    (OUT / f"{name}_cpu_{threads}_threads.json").write_text(json.dumps(record, indent=1))
+    (OUT / f"{page(name, threads)}.md").write_text(text)
+    (OUT / f"{page(name, threads)}.json").write_text(json.dumps(record, indent=1))
     print(text)

@@ -19,7 +19,7 @@ from models import native
 from models.engram import EngramConfig
 from models.loss import IGNORE_INDEX
 from models.ngram_hash import NgramHasher, num_rows
-from scripts.bench_common import arguments, load, machine, paired_ratio, write
+from scripts.bench_common import arguments, load, machine, page, paired_ratio, write
 from scripts.bench_train import BATCH, SEQ, VOCAB, Step, batches, measure, our_step, tiny
 from train.allocator import keep_freed_memory
 from train.build import build_model
@@ -77,7 +77,7 @@ def report(seconds: dict[str, list[float]], rows: int, threads: int) -> tuple[st
     lines = [
         "# Training step with memory tables on a CPU",
         "",
-        f"{machine(threads)}; the model of `train_cpu_{threads}_threads.md` in bf16 with {len(engram.layers)} Engram "
+        f"{machine(threads)}; the model of `{page('train', threads)}.md` in bf16 with {len(engram.layers)} Engram "
         f"modules: {rows:,} rows for each of {engram.num_rows_per_token} heads, {engram.row_dim} wide, "
         f"{parameters / 1e6:.0f}M parameters in all; {BATCH} x {SEQ} tokens with new n-grams at every step; forward, "
         f"backward, clipping over everything, optimizer; median of {len(seconds[OURS])} interleaved rounds.",

@@ -5,9 +5,8 @@
  */
 #include "tiles.h"
 
-/* Columns of a block of gradients: with their weights they stay in a second-level cache of 1 MiB. Logits there at once:
- * 1 MiB of them, half of such a cache where there is a matrix unit. */
-enum { ROWS = 128, COLUMNS = 512, MOST_LOGITS = 1 << 18 };
+/* Columns of a block of gradients: with their weights they stay in a second-level cache of 1 MiB. */
+enum { COLUMNS = 512 };
 
 /* x (T, D) -> rows (padded T, padded D), which are zero. Of tokens with scale 0 nothing is read, so that a broken state
  * where nothing is predicted stays without effect. */
@@ -34,10 +33,12 @@ static inline float exponential_row(long count, float shift, float *restrict log
     return sum_of(sum);
 }
 
-/* Tokens whose logits are there at once. */
+/* Tokens whose logits are there at once. Few, so that the logits stay in the second-level cache: 1 MiB of them; but the
+ * sums of the weights' gradients pass through memory once for all of these tokens, so not fewer than that is worth. */
 static inline long tokens_at_once(long columns) {
-    const long rows = MOST_LOGITS / columns / BLOCK * BLOCK;
-    return rows < BLOCK ? BLOCK : rows > ROWS ? ROWS : rows;
+    enum { MOST_LOGITS = 1 << 18, MOST = 128, LEAST = 64 };
+    const long fitting = MOST_LOGITS / columns / BLOCK * BLOCK;
+    return fitting < LEAST ? MOST : smaller(fitting, MOST);
 }
 
 /* Logsumexp (T) and the logit of the target (T) of every token; and, unless grad_x is NULL, the gradients of the sum
