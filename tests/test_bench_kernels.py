@@ -9,7 +9,7 @@ import torch
 
 from models import native
 from scripts import bench_common, bench_kernels
-from scripts.bench_common import page, paired_ratio, timed_rounds
+from scripts.bench_common import paired_ratio, timed_rounds
 from scripts.bench_kernels import Form, Gate, Head, Routed, measure, peak_bytes, verdict
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -34,7 +34,7 @@ def small(monkeypatch, tmp_path) -> Iterator[None]:
 def test_every_form_is_compared_and_timed(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["bench_kernels", "--rounds", "2"])
     bench_kernels.main()
-    rows = json.loads((tmp_path / f"{page('kernels', 1)}.json").read_text())
+    rows = json.loads((tmp_path / f"{bench_common.page('kernels', 1)}.json").read_text())
     forms = {(row["kernel"], row["precision"]): [] for row in rows}
     for row in rows:
         forms[row["kernel"], row["precision"]].append(row["form"])
@@ -49,7 +49,7 @@ def test_every_form_is_compared_and_timed(monkeypatch, tmp_path):
         ("Head and cross-entropy", "bf16"): [*ours, "C kernel"],
         ("Head and cross-entropy", "fp32"): ours,
     }
-    page = (tmp_path / f"{page('kernels', 1)}.md").read_text()
+    page = (tmp_path / f"{bench_common.page('kernels', 1)}.md").read_text()
     assert "**Experts: fallback" in page and page.count("\n| ") == 1 + len(rows)
     assert native.available(torch.zeros(1, dtype=BF16)) is False  # switched off again
 
