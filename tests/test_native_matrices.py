@@ -3,6 +3,7 @@
 import ctypes
 import math
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,27 +28,30 @@ from tests.tiny import VOCAB_SIZE, TinyMemory, relative_error, tiny_batch, tiny_
 BF16 = 8e-3
 
 
-# What the kernels are compiled without, so that what a lesser processor would run is tested on this one too.
-WITHOUT = {"plain C": ["-mno-amx-tile", "-mno-amx-bf16", "-mno-avx512bf16"]}
+# With which flags the kernels are compiled, so that what other processors would run is tested on this one too.
+WITHOUT_AMX = ["-mno-amx-tile", "-mno-amx-bf16"]
+EMULATED_AMX = [*WITHOUT_AMX, "-D__AMX_BF16__", "-include", str(Path(__file__).parent / "emulated_amx.h")]
+UNITS: dict[str, list[str]] = {"plain C": [*WITHOUT_AMX, "-mno-avx512bf16"], "emulated AMX": EMULATED_AMX}
 if native.matrix_unit():
-    WITHOUT["unit"] = []
+    UNITS["unit"] = []
     if torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported():
-        WITHOUT["dot products"] = ["-mno-amx-tile", "-mno-amx-bf16"]
+        UNITS["dot products"] = WITHOUT_AMX
 
 
-@pytest.fixture(params=WITHOUT, autouse=True)
+@pytest.fixture(params=UNITS, autouse=True)
 def calls(request, monkeypatch, tmp_path_factory):
     """Every test runs on the unit, where there is one, and on what stands in for it; gives the kernels called."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    if WITHOUT[request.param]:
+    if UNITS[request.param]:
         path = tmp_path_factory.getbasetemp() / f"{request.param.replace(' ', '_')}.so"
         if not path.exists():
             sources = [str(source) for source in native.SOURCES]
-            flags = [*native.FLAGS, *WITHOUT[request.param]]
+            flags = [*native.FLAGS, *UNITS[request.param]]
             subprocess.run(["cc", *flags, *sources, "-o", str(path), "-lm"], check=True)
         library = ctypes.CDLL(str(path))
-        assert library.matrix_unit() == (request.param != "plain C")
+        if request.param != "emulated AMX":  # it asks the system for the unit
+            assert library.matrix_unit() == (request.param == "dot products")
         monkeypatch.setattr(native, "library", lambda: library)
         monkeypatch.setattr(native, "matrix_unit", lambda: True)  # let the modules take these paths all the same
     called: list[str] = []
