@@ -54,14 +54,20 @@ prepare: $(STAMP) ## tokenise the corpus (ARGS="data=datasets data.data_files=[m
 train: $(STAMP) ## train one model (ARGS="model=tiny_engram train.max_steps=200 run_dir=runs/mine")
 	@$(BIN)/python -m train.pretrain $(ARGS)
 
+# An empty path would be taken for the current folder.
+need = $(if $($(1)),,$(error $(1)= is empty; give it, for instance $(1)=$(2)))
+
 import: $(STAMP) ## a Hugging Face DeepSeek-V3 or Dots1, or a run without memory, as a start (FROM=hf_folder TO=imports/x ARGS="--engram tiny_engram")
+	$(call need,FROM,hf_folder)$(call need,TO,imports/mine)
 	@$(BIN)/python -m scripts.import_hf "$(FROM)" "$(TO)" $(ARGS)
 
 continue: $(STAMP) ## train on from an import's or a run's weights (FROM=imports/x ARGS="run_dir=runs/mine train.max_steps=200")
+	$(call need,FROM,imports/mine)
 	@$(BIN)/python -m train.pretrain --config-path "$(FROM)" --config-name config init_from="$(FROM)" init_sha256=null init_changes=[] run_dir="$(FROM:%/=%)-continued" $(ARGS)
 
 generate: export ENGRAM_PROMPT = $(value PROMPT)
 generate: $(STAMP) ## continue a text with a trained model (RUN=runs/mine PROMPT='def main(')
+	$(call need,RUN,runs/mine)
 	@$(BIN)/python -m train.generate "$(RUN)" $(ARGS)
 
 params: $(STAMP) ## parameters, FLOPs and bytes per device of a preset (MODEL=engram_27b ARGS="--zero 1 --world-size 64")
