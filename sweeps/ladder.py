@@ -21,7 +21,7 @@ from rich.table import Table
 from models.accounting import count_parameters
 from sweeps.allocation import measure
 from sweeps.collect import collect, val_losses
-from sweeps.estimate import Machine, Pace, make_trial, process_bytes
+from sweeps.estimate import Machine, Pace, make_trial, process_bytes, training_tokens
 from sweeps.forms import contrast
 from sweeps.ladder_settings import SHIPPED, Ladder, configs
 from sweeps.noise import Interval, estimate_noise, two_way
@@ -68,6 +68,12 @@ def make_plan(
             config.data.fingerprint = prepared.fingerprint
         config.log.group, config.train.final_checkpoint = ladder.name, False
         validate(resolve(config))
+        if training_tokens(config) != training_tokens(reference):
+            raise ValueError(
+                f"rungs.{rung}: trains on {training_tokens(config):,} tokens, {ladder.reference} on "
+                f"{training_tokens(reference):,}; a ladder compares models at equal tokens: set train.max_steps and "
+                "the batch in `settings`, for all rungs"
+            )
         arms[rung] = measure(reference.model, config.model, count_parameters(config.model).rho, rung)
     trials = [
         make_trial(dataclasses.replace(config, seed=seed), arms[rung], pace, TrialKind.rung, name=rung)

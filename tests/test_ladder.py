@@ -56,6 +56,14 @@ def test_the_shipped_ladder_compares_equals() -> None:
         assert trial.name in smaller or abs(trial.params_residual) < 0.025
 
 
+def test_rungs_of_unequal_tokens_are_refused() -> None:
+    ladder = small(rungs={**SMALL["rungs"], "longer": ["model=tiny", "train.max_steps=70"]})
+    with pytest.raises(
+        ValueError, match=r"rungs.longer: trains on .* tokens, b on .*; a ladder compares .* equal tokens"
+    ):
+        make_plan(ladder, configs(ladder, []), None)
+
+
 @pytest.mark.parametrize("path", sorted(SHIPPED.parent.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_file_has_a_plan(path: Path) -> None:
     ladder = Ladder.read(path)
