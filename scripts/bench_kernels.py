@@ -122,7 +122,7 @@ def exact(leaves: list[Tensor]) -> list[Tensor]:
 
 def levels() -> list[native.Level]:
     """Of the C kernels that run here in bf16, beside none."""
-    if torch.get_num_threads() != 1 or native.library() is None:
+    if native.library() is None or (torch.get_num_threads() != 1 and not native.several_threads()):
         return []
     return [native.Level.elementwise, *([native.Level.matrices] if native.matrix_unit() else [])]
 

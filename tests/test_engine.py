@@ -22,7 +22,6 @@ from train.engine import (
     NativeKernels,
     Precision,
     resolve_native,
-    resolve_threads,
 )
 from train.finite import NonFiniteLossError
 from train.optim import OptimConfig, OptimizerKind
@@ -279,40 +278,34 @@ def test_bf16_is_close_to_fp32_and_weights_stay_fp32() -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "threads", "library", "unit", "expected"),
+    ("precision", "threads", "library", "unit", "openmp", "expected"),
     [
-        (Precision.bf16, 1, object(), True, NativeKernels.matrices),
-        (Precision.bf16, 1, object(), False, NativeKernels.elementwise),
-        (Precision.bf16, 1, None, False, NativeKernels.off),
-        (Precision.bf16, 2, object(), True, NativeKernels.off),
-        (Precision.fp32, 1, object(), True, NativeKernels.off),
+        (Precision.bf16, 1, object(), True, True, NativeKernels.matrices),
+        (Precision.bf16, 1, object(), False, True, NativeKernels.elementwise),
+        (Precision.bf16, 1, None, False, False, NativeKernels.off),
+        (Precision.bf16, 2, object(), True, True, NativeKernels.matrices),
+        (Precision.bf16, 2, object(), True, False, NativeKernels.off),
+        (Precision.bf16, 1, object(), True, False, NativeKernels.matrices),
+        (Precision.fp32, 1, object(), True, True, NativeKernels.off),
     ],
 )
 def test_native_kernels_are_resolved_to_what_works_here(
-    monkeypatch, precision, threads, library, unit, expected
+    monkeypatch, precision, threads, library, unit, openmp, expected
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(native, "library", lambda: library)
     monkeypatch.setattr(native, "matrix_unit", lambda: unit)
+    monkeypatch.setattr(native, "several_threads", lambda: openmp)
     assert resolve_native(EngineConfig(precision=precision, num_threads=threads)) is expected
 
 
-def test_native_kernels_with_several_threads_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"native_kernels=matrices .* one thread .*num_threads=2.*off"):
-        resolve_native(EngineConfig(num_threads=2, native_kernels=NativeKernels.matrices))
-
-
-@pytest.mark.parametrize(
-    ("precision", "library", "cores", "expected"),
-    [
-        (Precision.bf16, object(), 2, 1),
-        (Precision.bf16, object(), 16, 16),
-        (Precision.bf16, None, 2, 2),
-        (Precision.fp32, object(), 2, 2),
-    ],
-)
-def test_threads_follow_the_kernels(monkeypatch, precision, library, cores, expected) -> None:
+def test_native_kernels_that_could_not_run_are_refused(monkeypatch) -> None:
+    asked = EngineConfig(num_threads=2, native_kernels=NativeKernels.matrices)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(native, "library", lambda: library)
-    monkeypatch.setattr(native, "matrix_unit", lambda: True)
-    assert resolve_threads(EngineConfig(precision=precision), cores) == expected
+    monkeypatch.setattr(native, "library", lambda: object())
+    monkeypatch.setattr(native, "several_threads", lambda: False)
+    with pytest.raises(ValueError, match=r"native_kernels=matrices .* one thread .*num_threads=2.* OpenMP"):
+        resolve_native(asked)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=r"native_kernels=matrices works on a CPU only.*native_kernels=off"):
+        resolve_native(asked)

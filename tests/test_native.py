@@ -33,14 +33,24 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_level", native.Level.off)
 
 
-def test_available_is_for_one_thread_cpu_and_the_asked_type(monkeypatch):
+def test_available_is_for_cpu_the_asked_type_and_the_threads_of_the_process(monkeypatch):
     x = torch.zeros(2, dtype=torch.bfloat16)
     assert native.available(x) and not native.available(x.float()) and native.available(x.float(), torch.float32)
     torch.set_num_threads(2)
+    assert native.available(x) == native.several_threads()
+    monkeypatch.setattr(native, "several_threads", lambda: False)
     assert not native.available(x)
     torch.set_num_threads(1)
+    assert native.available(x)
     plain(monkeypatch)
     assert not native.available(x)
+
+
+def test_a_compiler_without_openmp_gives_kernels_for_one_thread(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert native.library.__wrapped__()["several_threads"]() == 1
+    monkeypatch.setattr(native, "THREADS", ["-fno-such-option"])
+    assert native.library.__wrapped__()["several_threads"]() == 0
 
 
 def test_without_a_compiler_there_are_no_kernels(monkeypatch):

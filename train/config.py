@@ -15,7 +15,7 @@ from models.memory_table import MemoryOptimConfig
 from models.transformer import TransformerConfig
 from train.compose import compose
 from train.data import DataConfig
-from train.engine import EngineConfig, Precision, resolve_native, resolve_precision, resolve_threads
+from train.engine import EngineConfig, Precision, resolve_native, resolve_precision
 from train.identity import identity_hash, to_plain
 from train.kernel_choice import resolve_expert_kernel
 from train.loop import TrainConfig
@@ -96,7 +96,7 @@ def resolve(config: Config) -> Config:
         config.data.tokenizer = tokenizer_for(Path(config.init_from), config)
     config.engine.precision = resolve_precision(config.engine.precision)
     if config.engine.num_threads == 0:
-        config.engine.num_threads = resolve_threads(config.engine, len(os.sched_getaffinity(0)))
+        config.engine.num_threads = len(os.sched_getaffinity(0))
     config.engine.native_kernels = resolve_native(config.engine)
     if config.model.moe is not None:
         num_tokens = config.train.micro_batch_size * config.model.seq_len

@@ -72,7 +72,7 @@ class EngineConfig:
 
     zero_stage: int = 0  # 0: nothing partitioned; 1: optimizer state partitioned over ranks
     precision: Precision = Precision.auto
-    num_threads: int = 0  # CPU threads of this process; 0: see `resolve_threads`; resolved when a run is planned
+    num_threads: int = 0  # CPU threads of this process; 0: its share of the cores; resolved when a run is planned
     native_kernels: NativeKernels = NativeKernels.auto
     deepspeed: dict[str, Any] = field(default_factory=dict)  # extra DeepSpeed settings, of DEEPSPEED_SETTINGS
 
@@ -99,34 +99,28 @@ def resolve_precision(precision: Precision) -> Precision:
     return Precision.fp32
 
 
-# Threads without the C kernels that one with them replaces: the tiny MoE trains at 4.2e3 tokens/s in one thread without
-# and at 15.8e3 with them (bf16, AMX).
-THREADS_WORTH_THE_KERNELS = 4
-
-
-def resolve_threads(cfg: EngineConfig, num_cores: int) -> int:
-    """Threads for `engine.num_threads=0`: one where the C kernels, which use one, outrun all cores; else all cores."""
-    one_thread = EngineConfig(precision=cfg.precision, num_threads=1, native_kernels=cfg.native_kernels)
-    if resolve_native(one_thread) is not NativeKernels.off and num_cores <= THREADS_WORTH_THE_KERNELS:
-        return 1
-    return num_cores
-
-
 def resolve_native(cfg: EngineConfig) -> NativeKernels:
-    """`auto` -> the most that can be used: bf16 on a CPU in one thread, with a compiler, with a matrix unit.
+    """`auto` -> the most that can be used: bf16 on a CPU, with a compiler, with a matrix unit.
 
     Raises:
         ValueError: kernels are asked for where none of them could run.
     """
-    one_cpu_thread = cfg.num_threads == 1 and not torch.cuda.is_available()
-    if cfg.native_kernels not in (NativeKernels.auto, NativeKernels.off) and not one_cpu_thread:
+    asked = cfg.native_kernels not in (NativeKernels.auto, NativeKernels.off)
+    if asked and torch.cuda.is_available():
         raise ValueError(
-            f"engine.native_kernels={cfg.native_kernels.value} works on a CPU in one thread only "
-            f"(engine.num_threads={cfg.num_threads}); use engine.native_kernels=off, or one thread on a CPU"
+            f"engine.native_kernels={cfg.native_kernels.value} works on a CPU only, and this machine has a GPU; use "
+            "engine.native_kernels=off"
+        )
+    threads_served = cfg.num_threads == 1 or native.several_threads()
+    if asked and native.library() is not None and not threads_served:
+        raise ValueError(
+            f"engine.native_kernels={cfg.native_kernels.value} serves one thread here, since the C compiler lacks "
+            f"OpenMP, not engine.num_threads={cfg.num_threads}; use one thread, or install OpenMP's library"
         )
     if cfg.native_kernels is not NativeKernels.auto:
         return cfg.native_kernels
-    if cfg.precision is not Precision.bf16 or not one_cpu_thread or native.library() is None:
+    on_cpu_in_bf16 = cfg.precision is Precision.bf16 and not torch.cuda.is_available()
+    if not on_cpu_in_bf16 or native.library() is None or not threads_served:
         return NativeKernels.off
     return NativeKernels.matrices if native.matrix_unit() else NativeKernels.elementwise
 

@@ -3,8 +3,12 @@
 `elementwise.c` holds norms, activations, rotation and top-k; `streams.c` the residual streams of hyper-connections;
 `experts.c`, `attention.c` and `head.c` whole layers on the processor's unit for products of bf16 (AMX, or the dot
 products of AVX-512), through `tiles.h`. Each caller keeps its definition in plain torch, which runs wherever
-`available` or `matrices_available` says no: on other devices, in other types, with several threads (these loops use
-one), and on machines without a C compiler. `docs/log.md` has the time of a training step before and after.
+`available` or `matrices_available` says no: on other devices, in other types, and on machines without a C compiler.
+`docs/log.md` has the time of a training step before and after.
+
+Threads: independent parts of a kernel (experts, heads, blocks of rows) run on torch's own pool, as many at once as
+`torch.set_num_threads` says, through OpenMP, whose library the loader finds already there. Sums over parts are made in
+a fixed order, so a kernel gives the same bits with any number of threads.
 """
 
 import ctypes
@@ -32,6 +36,7 @@ FLAGS = [
     "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
     "-fassociative-math", "-freciprocal-math", "-shared", "-fPIC",
 ]  # fmt: skip
+THREADS = ["-fopenmp"]  # left out where the compiler lacks its library: the kernels then serve one thread
 Argument = Tensor | int | float | None
 
 
@@ -68,8 +73,10 @@ def use(level: Level) -> None:
 
 
 def available(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Whether the kernels are in use and can work on `x`: on CPU, of type `dtype`, in one thread."""
-    return _level is not Level.off and x.device.type == "cpu" and x.dtype == dtype and torch.get_num_threads() == 1
+    """Whether the kernels are in use and can work on `x`: on CPU, of type `dtype`, with the threads of this process."""
+    if _level is Level.off or x.device.type != "cpu" or x.dtype != dtype:
+        return False
+    return torch.get_num_threads() == 1 or several_threads()
 
 
 def matrices_available(x: Tensor) -> bool:
@@ -129,11 +136,18 @@ def matrix_unit() -> bool:
     return loaded is not None and loaded["matrix_unit"]() != 0
 
 
+@lru_cache(maxsize=1)
+def several_threads() -> bool:
+    """Whether the kernels can use more than one thread: the compiler knows OpenMP and has its library."""
+    loaded = library()
+    return loaded is not None and loaded["several_threads"]() != 0
+
+
 def _cached_path(compiler: list[str]) -> Path:
     """One file per source, flags, compiler, C library and processor: several machines may share a home directory."""
     processor = next((line for line in _cpuinfo() if line.startswith("flags")), platform.processor())
     texts = [path.read_text() for path in (*SOURCES, *HEADERS)]
-    identity = "\n".join([*texts, *FLAGS, *compiler, *platform.libc_ver(), processor])
+    identity = "\n".join([*texts, *FLAGS, *THREADS, *compiler, *platform.libc_ver(), processor])
     root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "engram-lab"
     return root / f"kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
 
@@ -150,8 +164,9 @@ def _compile(compiler: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
-        sources = [str(path) for path in SOURCES]
-        subprocess.run([*compiler, *FLAGS, *sources, "-o", str(built), "-lm"], check=True, capture_output=True)
+        command = [*compiler, *FLAGS, *(str(path) for path in SOURCES), "-o", str(built), "-lm"]
+        if subprocess.run([*command, *THREADS], capture_output=True).returncode != 0:
+            subprocess.run(command, check=True, capture_output=True)
         with open(built, "rb") as file:
             os.fsync(file.fileno())  # half a library would end every process that loads it
         os.replace(built, path)

@@ -184,3 +184,12 @@ int experts_backward(long tokens, long top_k, long experts, long width, long hid
 
 /* Whether the matrix unit may be used; asks for it. */
 int matrix_unit(void) { return tiles_allowed(); }
+
+/* Whether the loops of these kernels can run in more than one thread. */
+int several_threads(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
