@@ -1,6 +1,5 @@
 """Token cross-entropy in nats, computed in fp32 from logits of any type, and the output head with it in one pass."""
 
-import math
 from typing import Any
 
 import torch
@@ -74,16 +73,14 @@ class _NativeLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, with_gradients: bool) -> Tensor:
         x, weight, targets = hidden.to(torch.bfloat16).contiguous(), weight.contiguous(), targets.contiguous()
-        predicted = targets != IGNORE_INDEX
-        # A target outside the vocabulary is found in no block: its logit stays NaN, and the loss stops the run.
-        log_sum_exp, target_logit = torch.full((2, x.shape[0]), math.nan, dtype=torch.float32)
+        nats = torch.empty(x.shape[0], dtype=torch.float32)
         grad_x = torch.empty(x.shape, dtype=torch.float32) if with_gradients else None
         grad_weight = torch.empty_like(weight) if with_gradients else None
-        inputs = (*x.shape, weight.shape[0], x, weight, targets, predicted.float())  # T, D, V, ...
-        native.call("head", *inputs, log_sum_exp, target_logit, grad_x, grad_weight)
+        inputs = (*x.shape, weight.shape[0], x, weight, targets, IGNORE_INDEX)  # T, D, V, ...
+        native.call("head", *inputs, nats, grad_x, grad_weight)
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.hidden_dtype = hidden.dtype
-        return (log_sum_exp - target_logit).where(predicted, 0.0).sum()
+        return nats.sum()
 
     @staticmethod
     @once_differentiable

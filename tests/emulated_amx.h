@@ -6,7 +6,7 @@
 #include <string.h>
 
 enum { TILE_ROWS = 16, TILE_BYTES = 64 };
-static uint8_t emulated_tiles[8][TILE_ROWS][TILE_BYTES];
+static _Thread_local uint8_t emulated_tiles[8][TILE_ROWS][TILE_BYTES];
 
 static inline void emulated_load(int tile, const void *from, long stride) {
     for (long row = 0; row < TILE_ROWS; row++)

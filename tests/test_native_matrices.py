@@ -47,7 +47,7 @@ def calls(request, monkeypatch, tmp_path_factory):
         path = tmp_path_factory.getbasetemp() / f"{request.param.replace(' ', '_')}.so"
         if not path.exists():
             sources = [str(source) for source in native.SOURCES]
-            flags = [*native.FLAGS, *UNITS[request.param]]
+            flags = [*native.FLAGS, *native.THREADS, *UNITS[request.param]]
             subprocess.run(["cc", *flags, *sources, "-o", str(path), "-lm"], check=True)
         library = ctypes.CDLL(str(path))
         if request.param != "emulated AMX":  # it asks the system for the unit
@@ -163,7 +163,9 @@ def test_dense_swiglu(sizes, calls):
         assert gradient.dtype == leaf.dtype and relative_error(gradient, reference) < BF16
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 3), (5, 24, 61), (133, 40, 701), (260, 32, 1024), (70, 8, 9000)])
+@pytest.mark.parametrize(
+    "sizes", [(1, 8, 3), (5, 24, 61), (133, 40, 701), (260, 32, 1024), (70, 8, 9000), (600, 24, 7000)]
+)
 def test_head_and_loss(sizes):
     tokens, width, vocab = sizes
     torch.manual_seed(0)
@@ -173,7 +175,7 @@ def test_head_and_loss(sizes):
     targets[1::3] = IGNORE_INDEX
     nats = _NativeLinearCrossEntropy.apply(hidden, weight, targets, True)
     exact = [hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()]
-    expected, _ = cross_entropy(F.linear(*exact), targets)
+    expected = F.cross_entropy(F.linear(*exact), targets, ignore_index=IGNORE_INDEX, reduction="sum")
     assert nats.dtype == torch.float32 and relative_error(nats, expected) < 1e-6
     gradients = torch.autograd.grad(nats / 7, (hidden, weight))
     for gradient, reference in zip(gradients, torch.autograd.grad(expected / 7, exact), strict=True):
@@ -181,6 +183,37 @@ def test_head_and_loss(sizes):
     assert gradients[0][1::3].count_nonzero() == 0
     with torch.no_grad():
         assert torch.equal(_NativeLinearCrossEntropy.apply(hidden, weight, targets, False), nats)
+
+
+def test_nats_of_a_sure_and_of_an_impossible_target_keep_their_digits():
+    """1 - p = 8e-8, of which ln p in fp32 would keep one digit; and p = e^-50, where exponentials leave bf16."""
+    hidden = torch.tensor([[1.0], [1.0]]).expand(2, 8).contiguous().requires_grad_()
+    weight = torch.zeros(40, 8)
+    weight[0], weight[1] = 10.0, -15.0
+    weight = (weight / 4).requires_grad_()
+    targets = torch.tensor([0, 1])
+    exact = [hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()]
+    for target in (targets[:1], targets[1:], targets):
+        rows = slice(int(target[0]), int(target[-1]) + 1)
+        nats = _NativeLinearCrossEntropy.apply(hidden[rows], weight, target, True)
+        expected = F.cross_entropy(F.linear(exact[0][rows], exact[1]), target, reduction="sum")
+        assert relative_error(nats, expected) < 1e-6
+        gradients = torch.autograd.grad(nats, (hidden, weight))
+        for gradient, reference in zip(gradients, torch.autograd.grad(expected, exact), strict=True):
+            assert relative_error(gradient, reference) < BF16
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_the_head_gives_the_same_bits_with_any_number_of_threads(threads):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(1300, 40, requires_grad=True), torch.randn(5000, 40, requires_grad=True)
+    targets = torch.randint(0, 5000, (1300,))
+    results = []
+    for number in (1, threads):
+        torch.set_num_threads(number)
+        nats = _NativeLinearCrossEntropy.apply(hidden, weight, targets, True)
+        results.append((nats, *torch.autograd.grad(nats, (hidden, weight))))
+    assert all(torch.equal(one, several) for one, several in zip(*results, strict=True))
 
 
 def test_a_broken_hidden_state_gives_a_broken_loss_unless_nothing_is_predicted_there():

@@ -287,13 +287,18 @@ typedef struct {
     int count, failed;
 } Scratch;
 
-/* Zeroed, aligned to a cache line. Where the machine has no memory left: NULL, and `failed` is set. */
-static void *take(Scratch *scratch, size_t count, size_t size) {
+/* Aligned to a cache line, with anything in it. Where the machine has no memory left: NULL, and `failed` is set. */
+static void *room_for(Scratch *scratch, size_t count, size_t size) {
     size_t bytes = count * size / 64 * 64 + 64;
     void *block = scratch->count < MOST_BLOCKS ? aligned_alloc(64, bytes) : NULL;
     if (block == NULL) return scratch->failed = 1, NULL;
-    scratch->blocks[scratch->count++] = block;
-    return memset(block, 0, bytes);
+    return scratch->blocks[scratch->count++] = block;
+}
+
+/* The same, zeroed. */
+static void *take(Scratch *scratch, size_t count, size_t size) {
+    void *block = room_for(scratch, count, size);
+    return block == NULL ? NULL : memset(block, 0, count * size);
 }
 
 static void release(Scratch *scratch) {
