@@ -9,6 +9,8 @@ typedef uint16_t bf16;
 /* Into every caller, whatever its size: a constant width there becomes a constant here. */
 #define INLINE static inline __attribute__((always_inline))
 
+static inline long smaller(long a, long b) { return a < b ? a : b; }
+
 static inline float widen(bf16 value) {
     uint32_t bits = (uint32_t)value << 16;
     float result;

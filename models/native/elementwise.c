@@ -1,12 +1,33 @@
 /* Elementwise parts of the training step, each in one pass over memory: bf16 in and out, fp32 in between.
  *
  * Every function has a definition in plain torch beside its caller, and a test that holds the two together. Compiled by
- * models/native/__init__.py. Loops over a row's elements are written so that the compiler makes vectors of them.
+ * models/native/__init__.py. Rows are independent and shared out among threads. Gradients of weights are sums over rows:
+ * they are made by parts of PART rows, one after the other in a part, and the parts are added in order, so that their
+ * bits do not depend on the number of threads.
  */
+#include <stdlib.h>
+
 #include "lanes.h"
+
+/* Rows of a part; and the fewest numbers of an input that are worth waking other threads, which costs some 5 us: a
+ * thread goes through that many in 10 us. */
+enum { PART = 128, FEWEST = 1 << 15 };
+
+static inline long smaller(long a, long b) { return a < b ? a : b; }
+
+/* Room for one row of sums of every part, all 0; the caller frees it. */
+static float *part_sums(long rows, long width) { return calloc((rows + PART - 1) / PART * width + 1, sizeof(float)); }
+
+/* total[i] = the sum of element i over the parts. */
+static void add_parts(long rows, long width, const float *sums, float *restrict total) {
+    memset(total, 0, width * sizeof(float));
+    for (long start = 0; start < rows; start += PART)
+        for (long i = 0; i < width; i++) total[i] += sums[start / PART * width + i];
+}
 
 /* hidden = weight * silu(gate) * up; pre holds gate and up side by side. No weights: 1. */
 int swiglu_forward(long rows, long width, const bf16 *pre, const bf16 *weights, bf16 *restrict hidden) {
+#pragma omp parallel for schedule(static) if (rows * width > FEWEST)
     for (long row = 0; row < rows; row++) {
         const bf16 *gates = pre + 2 * width * row, *ups = gates + width;
         const float weight = weights ? widen(weights[row]) : 1.0f;
@@ -21,6 +42,7 @@ int swiglu_forward(long rows, long width, const bf16 *pre, const bf16 *weights, 
 /* Its backward pass. Writes hidden again, d pre, and with weights their gradients. */
 int swiglu_backward(long rows, long width, const bf16 *pre, const bf16 *weights, const bf16 *grad,
                     bf16 *restrict hidden, bf16 *restrict grad_pre, bf16 *restrict grad_weights) {
+#pragma omp parallel for schedule(static) if (rows * width > FEWEST)
     for (long row = 0; row < rows; row++) {
         const bf16 *gates = pre + 2 * width * row, *ups = gates + width, *grads = grad + width * row;
         bf16 *grad_gates = grad_pre + 2 * width * row, *grad_ups = grad_gates + width;
@@ -42,198 +64,119 @@ int swiglu_backward(long rows, long width, const bf16 *pre, const bf16 *weights,
     return 0;
 }
 
+/* Numbers of which one of the two forms is there, the other being NULL. */
+INLINE Lanes load_either(const float *wide, const bf16 *rounded, long at, long n) {
+    return wide ? load(wide + at, n, 0.0f) : load_bf16(rounded + at, n, 0.0f);
+}
+
+/* 1 / sqrt(mean(v^2) + eps), given the sum of squares in all lanes together. */
+INLINE float inverse_rms(Lanes squares, long width, float eps) { return 1.0f / sqrtf(sum_of(squares) / width + eps); }
+
 /* out = x / sqrt(mean(x^2) + eps) * weight in fp32, keeping the factor of every row. Where out is NULL: the same rounded
  * to bf16, in `rounded`. */
 int rms_norm_forward(long rows, long width, float eps, const float *x, const float *weight, float *restrict out,
                      bf16 *restrict rounded, float *restrict inverse) {
+#pragma omp parallel for schedule(static) if (rows * width > FEWEST)
     for (long row = 0; row < rows; row++) {
         const float *v = x + width * row;
-        float sum = 0.0f;
-        for (long i = 0; i < width; i++) sum += v[i] * v[i];
-        float factor = 1.0f / sqrtf(sum / width + eps);
-        inverse[row] = factor;
-        if (out != NULL)
-            for (long i = 0; i < width; i++) out[width * row + i] = v[i] * factor * weight[i];
-        else
-            for (long i = 0; i < width; i++) rounded[width * row + i] = narrow(v[i] * factor * weight[i]);
+        Lanes squares = all(0.0f);
+        for (long i = 0; i < width; i += LANES) {
+            const Lanes value = load(v + i, width - i, 0.0f);
+            squares += value * value;
+        }
+        const float factor = inverse[row] = inverse_rms(squares, width, eps);
+        for (long i = 0; i < width; i += LANES) {
+            const long n = width - i;
+            const Lanes normed = load(v + i, n, 0.0f) * factor * load(weight + i, n, 0.0f);
+            if (out) store(out + width * row + i, n, normed);
+            else store_bf16(rounded + width * row + i, n, normed);
+        }
     }
     return 0;
 }
 
-INLINE void rms_norm_row_backward(long width, float factor, const float *v, const float *weight, const float *g,
-                                  float *restrict grad_x, float *restrict grad_weight) {
-    float dot = 0.0f;
-    for (long i = 0; i < width; i++) {
-        dot += g[i] * weight[i] * v[i];
-        grad_weight[i] += g[i] * v[i] * factor;
+/* Of one row of a norm: grad . (weight * v), and grad * v * factor added to grad_weight. */
+INLINE float norm_row_sums(long width, float factor, const float *v, const float *weight, const float *grad,
+                           const bf16 *rounded, float *restrict grad_weight) {
+    Lanes dot = all(0.0f);
+    for (long i = 0; i < width; i += LANES) {
+        const long n = width - i;
+        const Lanes product = load_either(grad, rounded, i, n) * load(v + i, n, 0.0f);
+        dot += product * load(weight + i, n, 0.0f);
+        store(grad_weight + i, n, load(grad_weight + i, n, 0.0f) + product * factor);
     }
-    const float along = dot * factor * factor * factor / width;
-    for (long i = 0; i < width; i++) grad_x[i] = g[i] * weight[i] * factor - v[i] * along;
+    return sum_of(dot);
 }
 
-/* Its backward pass, from a gradient in fp32 or, where that is NULL, in bf16. grad_weight must start at 0; room: (width). */
+/* Its backward pass, from a gradient in fp32 or, where that is NULL, in bf16. */
 int rms_norm_backward(long rows, long width, const float *x, const float *weight, const float *inverse,
-                      const float *grad, const bf16 *rounded, float *restrict room, float *restrict grad_x,
-                      float *restrict grad_weight) {
-    for (long row = 0; row < rows; row++) {
-        const long at = width * row;
-        if (grad == NULL)
-            for (long i = 0; i < width; i++) room[i] = widen(rounded[at + i]);
-        rms_norm_row_backward(width, inverse[row], x + at, weight, grad == NULL ? room : grad + at, grad_x + at,
-                              grad_weight);
-    }
+                      const float *grad, const bf16 *rounded, float *restrict grad_x, float *restrict grad_weight) {
+    float *sums = part_sums(rows, width);
+    if (!sums) return 1;
+#pragma omp parallel for schedule(static) if (rows * width > FEWEST)
+    for (long start = 0; start < rows; start += PART)
+        for (long row = start; row < smaller(start + PART, rows); row++) {
+            const float *v = x + width * row, *wide = grad ? grad + width * row : NULL;
+            const bf16 *narrow = rounded ? rounded + width * row : NULL;
+            const float factor = inverse[row];
+            const float dot = norm_row_sums(width, factor, v, weight, wide, narrow, sums + start / PART * width);
+            const float along = dot * factor * factor * factor / width;
+            for (long i = 0; i < width; i += LANES) {
+                const long n = width - i;
+                const Lanes scaled = load_either(wide, narrow, i, n) * load(weight + i, n, 0.0f) * factor;
+                store(grad_x + width * row + i, n, scaled - load(v + i, n, 0.0f) * along);
+            }
+        }
+    add_parts(rows, width, sums, grad_weight);
+    free(sums);
     return 0;
 }
 
 /* The sum of a residual (rows, width) and a sub-layer's update, and the norm of the sum, in one pass. */
 int add_rms_norm_forward(long rows, long width, float eps, const float *hidden, const bf16 *update,
                          const float *weight, float *restrict total, float *restrict out, float *restrict inverse) {
+#pragma omp parallel for schedule(static) if (rows * width > FEWEST)
     for (long row = 0; row < rows; row++) {
-        float *v = total + width * row, sum = 0.0f;
-        for (long i = 0; i < width; i++) {
-            v[i] = hidden[width * row + i] + widen(update[width * row + i]);
-            sum += v[i] * v[i];
+        float *v = total + width * row;
+        Lanes squares = all(0.0f);
+        for (long i = 0; i < width; i += LANES) {
+            const long n = width - i, at = width * row + i;
+            const Lanes value = load(hidden + at, n, 0.0f) + load_bf16(update + at, n, 0.0f);
+            store(v + i, n, value);
+            squares += value * value;
         }
-        float factor = 1.0f / sqrtf(sum / width + eps);
-        inverse[row] = factor;
-        for (long i = 0; i < width; i++) out[width * row + i] = v[i] * factor * weight[i];
+        const float factor = inverse[row] = inverse_rms(squares, width, eps);
+        for (long i = 0; i < width; i += LANES) {
+            const long n = width - i;
+            store(out + width * row + i, n, load(v + i, n, 0.0f) * factor * load(weight + i, n, 0.0f));
+        }
     }
     return 0;
 }
 
 /* Its backward pass: the gradient of the sum, as it is for the residual and in bf16 for the update; grad_total is what
- * reaches the sum directly. grad_weight must start at 0. */
+ * reaches the sum directly. */
 int add_rms_norm_backward(long rows, long width, const float *total, const float *weight, const float *inverse,
                           const float *grad, const float *grad_total, float *restrict grad_hidden,
                           bf16 *restrict grad_update, float *restrict grad_weight) {
-    for (long row = 0; row < rows; row++) {
-        const float *v = total + width * row, *g = grad + width * row, *direct = grad_total + width * row;
-        float factor = inverse[row], dot = 0.0f;
-        for (long i = 0; i < width; i++) {
-            dot += g[i] * weight[i] * v[i];
-            grad_weight[i] += g[i] * v[i] * factor;
-        }
-        float along = dot * factor * factor * factor / width;
-        for (long i = 0; i < width; i++) {
-            float d = direct[i] + g[i] * weight[i] * factor - v[i] * along;
-            grad_hidden[width * row + i] = d;
-            grad_update[width * row + i] = narrow(d);
-        }
-    }
-    return 0;
-}
-
-/* One head of one position: optional RMSNorm, then rotation of the pairs (i, i + half). */
-INLINE float turn_head(long half, float eps, const bf16 *x, const float *weight, const float *cos, const float *sin,
-                       bf16 *restrict out) {
-    float factor = 1.0f;
-    if (weight) {
-        float sum = 0.0f;
-        for (long i = 0; i < 2 * half; i++) sum += widen(x[i]) * widen(x[i]);
-        factor = 1.0f / sqrtf(sum / (2 * half) + eps);
-    }
-    for (long i = 0; i < half; i++) {
-        float a = widen(x[i]) * factor, b = widen(x[half + i]) * factor;
-        if (weight) a *= weight[i], b *= weight[half + i];
-        out[i] = narrow(a * cos[i] - b * sin[i]);
-        out[half + i] = narrow(b * cos[i] + a * sin[i]);
-    }
-    return factor;
-}
-
-/* heads (B, S, H + 2 H_kv, C) -> turned query (B, H, S, C), turned key and plain value (B, H_kv, S, C).
- * cos and sin are (S, C), sin without sign in its second half. No norm weights: no norm. */
-INLINE void split_forward(long half, long batch, long seq, long num_heads, long num_kv, long width, float eps,
-                          const bf16 *heads, const float *query_weight, const float *key_weight, const float *cos,
-                          const float *sin, bf16 *query, bf16 *key, bf16 *value, float *inverse) {
-    long all = num_heads + 2 * num_kv;
-    for (long b = 0; b < batch; b++)
-        for (long s = 0; s < seq; s++) {
-            const bf16 *x = heads + (b * seq + s) * all * width;
-            float *factor = inverse + (b * seq + s) * (num_heads + num_kv);
-            const float *c = cos + s * width, *d = sin + s * width + half;
-            for (long h = 0; h < num_heads; h++)
-                factor[h] = turn_head(half, eps, x + h * width, query_weight, c, d,
-                                      query + ((b * num_heads + h) * seq + s) * width);
-            for (long h = 0; h < num_kv; h++) {
-                long place = ((b * num_kv + h) * seq + s) * width;
-                factor[num_heads + h] =
-                    turn_head(half, eps, x + (num_heads + h) * width, key_weight, c, d, key + place);
-                memcpy(value + place, x + (num_heads + num_kv + h) * width, width * sizeof(bf16));
+    float *sums = part_sums(rows, width);
+    if (!sums) return 1;
+#pragma omp parallel for schedule(static) if (rows * width > FEWEST)
+    for (long start = 0; start < rows; start += PART)
+        for (long row = start; row < smaller(start + PART, rows); row++) {
+            const float *v = total + width * row, *g = grad + width * row;
+            const float factor = inverse[row];
+            const float dot = norm_row_sums(width, factor, v, weight, g, NULL, sums + start / PART * width);
+            const float along = dot * factor * factor * factor / width;
+            for (long i = 0; i < width; i += LANES) {
+                const long n = width - i, at = width * row + i;
+                const Lanes scaled = load(g + i, n, 0.0f) * load(weight + i, n, 0.0f) * factor;
+                const Lanes d = load(grad_total + at, n, 0.0f) + scaled - load(v + i, n, 0.0f) * along;
+                store(grad_hidden + at, n, d);
+                store_bf16(grad_update + at, n, d);
             }
         }
-}
-
-/* The usual head width as a constant, so that its short loops become straight code: 2 times faster. */
-int split_heads_forward(long batch, long seq, long num_heads, long num_kv, long width, float eps, const bf16 *heads,
-                        const float *query_weight, const float *key_weight, const float *cos, const float *sin,
-                        bf16 *query, bf16 *key, bf16 *value, float *inverse) {
-    if (width == 32)
-        split_forward(16, batch, seq, num_heads, num_kv, 32, eps, heads, query_weight, key_weight, cos, sin, query,
-                      key, value, inverse);
-    else
-        split_forward(width / 2, batch, seq, num_heads, num_kv, width, eps, heads, query_weight, key_weight, cos, sin,
-                      query, key, value, inverse);
-    return 0;
-}
-
-/* Gradient through turn_head; adds to grad_weight where there is one. */
-INLINE void turn_head_back(long half, float factor, const bf16 *x, const float *weight, const float *cos,
-                           const float *sin, const bf16 *grad, bf16 *restrict grad_x, float *restrict grad_weight) {
-    float dot = 0.0f, turned[2 * half];
-    for (long i = 0; i < half; i++) {
-        float a = widen(grad[i]), b = widen(grad[half + i]);
-        turned[i] = a * cos[i] + b * sin[i];
-        turned[half + i] = b * cos[i] - a * sin[i];
-    }
-    if (!weight) {
-        for (long i = 0; i < 2 * half; i++) grad_x[i] = narrow(turned[i]);
-        return;
-    }
-    for (long i = 0; i < 2 * half; i++) {
-        float v = widen(x[i]);
-        grad_weight[i] += turned[i] * v * factor;
-        dot += turned[i] * weight[i] * v;
-    }
-    float along = dot * factor * factor * factor / (2 * half);
-    for (long i = 0; i < 2 * half; i++)
-        grad_x[i] = narrow(turned[i] * weight[i] * factor - widen(x[i]) * along);
-}
-
-/* Backward pass of split_heads_forward; the norms' gradients must start at 0. */
-INLINE void split_backward(long half, long batch, long seq, long num_heads, long num_kv, long width, const bf16 *heads,
-                           const float *query_weight, const float *key_weight, const float *cos, const float *sin,
-                           const float *inverse, const bf16 *grad_query, const bf16 *grad_key, const bf16 *grad_value,
-                           bf16 *grad_heads, float *grad_query_weight, float *grad_key_weight) {
-    long all = num_heads + 2 * num_kv;
-    for (long b = 0; b < batch; b++)
-        for (long s = 0; s < seq; s++) {
-            const bf16 *x = heads + (b * seq + s) * all * width;
-            bf16 *out = grad_heads + (b * seq + s) * all * width;
-            const float *factor = inverse + (b * seq + s) * (num_heads + num_kv);
-            const float *c = cos + s * width, *d = sin + s * width + half;
-            for (long h = 0; h < num_heads; h++)
-                turn_head_back(half, factor[h], x + h * width, query_weight, c, d,
-                               grad_query + ((b * num_heads + h) * seq + s) * width, out + h * width,
-                               grad_query_weight);
-            for (long h = 0; h < num_kv; h++) {
-                long place = ((b * num_kv + h) * seq + s) * width, head = (num_heads + h) * width;
-                turn_head_back(half, factor[num_heads + h], x + head, key_weight, c, d, grad_key + place,
-                               out + head, grad_key_weight);
-                memcpy(out + (num_heads + num_kv + h) * width, grad_value + place, width * sizeof(bf16));
-            }
-        }
-}
-
-int split_heads_backward(long batch, long seq, long num_heads, long num_kv, long width, const bf16 *heads,
-                         const float *query_weight, const float *key_weight, const float *cos, const float *sin,
-                         const float *inverse, const bf16 *grad_query, const bf16 *grad_key, const bf16 *grad_value,
-                         bf16 *grad_heads, float *grad_query_weight, float *grad_key_weight) {
-    if (width == 32)
-        split_backward(16, batch, seq, num_heads, num_kv, 32, heads, query_weight, key_weight, cos, sin, inverse,
-                       grad_query, grad_key, grad_value, grad_heads, grad_query_weight, grad_key_weight);
-    else
-        split_backward(width / 2, batch, seq, num_heads, num_kv, width, heads, query_weight, key_weight, cos, sin,
-                       inverse, grad_query, grad_key, grad_value, grad_heads, grad_query_weight, grad_key_weight);
+    add_parts(rows, width, sums, grad_weight);
+    free(sums);
     return 0;
 }

@@ -25,7 +25,6 @@ typedef struct {
 } Tiles;
 
 static inline long padded(long size) { return (size + BLOCK - 1) / BLOCK * BLOCK; }
-static inline long smaller(long a, long b) { return a < b ? a : b; }
 
 #if defined(__AMX_BF16__) || defined(__AVX512BF16__)
 #include <immintrin.h>
