@@ -72,7 +72,7 @@ class _SplitHeads(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: activation checkpointing gives them out once
         grad_heads = torch.empty_like(saved[0])
-        grad_weights = [None if weight is None else torch.zeros_like(weight) for weight in saved[1:3]]
+        grad_weights = [None if weight is None else torch.empty_like(weight) for weight in saved[1:3]]
         grads = tuple(grad.contiguous() for grad in grads)
         native.call("split_heads_backward", *ctx.sizes, *saved, *grads, grad_heads, *grad_weights)
         return grad_heads, *grad_weights, None, None, None

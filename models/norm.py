@@ -32,9 +32,9 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors
         (grad,) = grads
         if native.available(x, torch.float32) and x.is_contiguous():
-            grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+            grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
             sizes = (inverse.numel(), x.shape[-1])
-            given = (*_fp32_or_bf16(grad.contiguous()), torch.empty_like(weight))
+            given = _fp32_or_bf16(grad.contiguous())
             native.call("rms_norm_backward", *sizes, x, weight, inverse, *given, grad_x, grad_weight)
             return grad_x, grad_weight, None, None
         grad = grad.to(x.dtype)
@@ -88,7 +88,7 @@ class _AddRMSNorm(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: activation checkpointing gives them out once
         grad_total, grad_normed = (grad.contiguous() for grad in grads)
         grad_hidden = torch.empty_like(grad_total)
-        results = (grad_hidden, torch.empty_like(grad_hidden, dtype=torch.bfloat16), torch.zeros_like(saved[1]))
+        results = (grad_hidden, torch.empty_like(grad_hidden, dtype=torch.bfloat16), torch.empty_like(saved[1]))
         native.call("add_rms_norm_backward", *ctx.sizes, *saved, grad_normed, grad_total, *results)
         return *results, None
 

@@ -42,7 +42,7 @@ class _Read(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         streams, projection, gates, bias, raw, inverse = ctx.saved_tensors
         grad_streams, grad_raw = torch.empty_like(streams), torch.empty_like(raw)
-        grad_gates, grad_bias = torch.zeros_like(gates), torch.zeros_like(bias)
+        grad_gates, grad_bias = torch.empty_like(gates), torch.empty_like(bias)
         results = (grad_streams, grad_raw, grad_gates, grad_bias)
         inputs = (streams, raw, gates, bias, inverse, *(grad.contiguous() for grad in grads))
         native.call("streams_read_backward", *ctx.sizes, *inputs, *results)

@@ -7,10 +7,13 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
 
 from models import native
+from models.attention import _SplitHeads
 from models.feed_forward import swiglu_hidden, swiglu_hidden_backward
 from models.norm import RMSNorm, add_rms_norm, rms_norm
+from models.rotary import RotaryConfig, rotary_tables
 from models.router import Router, RouterConfig, top_k_ids
 from tests.tiny import relative_error
 
@@ -179,7 +182,7 @@ def test_exponential_of_large_and_broken_values():
     assert hidden[4] == float("inf")
 
 
-@pytest.mark.parametrize("shape", [(1, 8), (2, 7, 24), (3, 5, 128), (4, 33)])
+@pytest.mark.parametrize("shape", [(1, 8), (2, 7, 24), (3, 5, 128), (4, 33), (300, 40)])
 def test_rms_norm(shape, monkeypatch):
     results = []
     for _ in range(2):
@@ -194,7 +197,7 @@ def test_rms_norm(shape, monkeypatch):
         assert relative_error(a, b) < 1e-6
 
 
-@pytest.mark.parametrize("shape", [(1, 8), (2, 7, 24), (4, 33)])
+@pytest.mark.parametrize("shape", [(1, 8), (2, 7, 24), (4, 33), (300, 40)])
 def test_rms_norm_rounded_to_bf16(shape, monkeypatch):
     x, weight = torch.randn(shape, requires_grad=True), torch.randn(shape[-1], requires_grad=True)
     upstream = torch.randn(shape).bfloat16()
@@ -211,7 +214,7 @@ def test_rms_norm_rounded_to_bf16(shape, monkeypatch):
             assert gradient.dtype == torch.float32 and relative_error(gradient, reference) < 1e-6
 
 
-@pytest.mark.parametrize("shape", [(1, 8), (2, 7, 24), (3, 5, 128), (4, 33)])
+@pytest.mark.parametrize("shape", [(1, 8), (2, 7, 24), (3, 5, 128), (4, 33), (300, 40)])
 def test_add_rms_norm(shape, monkeypatch):
     norm = RMSNorm(shape[-1], 1e-6)
     torch.nn.init.normal_(norm.weight)
@@ -225,6 +228,78 @@ def test_add_rms_norm(shape, monkeypatch):
         plain(monkeypatch)
     for (a, b), limit in zip(zip(*results, strict=True), (0.0, 1e-6, 1e-6, 1e-6, 5e-3), strict=True):
         assert a.dtype == b.dtype and relative_error(a, b) <= limit
+
+
+def split_heads(heads: Tensor, weights: list[Tensor | None], tables: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+    """The definition in the type of `heads`: norm, rotation of the pairs (i, i + C / 2), heads before positions."""
+    num_kv_heads = (heads.shape[2] - num_heads) // 2
+    half = heads.shape[-1] // 2
+    cos, sin = (table[:, None] for table in tables)  # (S, 1, C), sin positive in its second half
+    turned = []
+    for part, weight in zip(heads.split((num_heads, num_kv_heads, num_kv_heads), dim=2), weights, strict=False):
+        part = part if weight is None else rms_norm(part, weight, 1e-6)
+        a, b = part[..., :half], part[..., half:]
+        c, s = cos[..., :half], sin[..., half:]
+        turned.append(torch.cat((a * c - b * s, b * c + a * s), dim=-1).transpose(1, 2))
+    return *turned, heads[:, :, num_heads + num_kv_heads :].transpose(1, 2)
+
+
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize(
+    ("batch", "seq_len", "num_heads", "num_kv_heads", "width"),
+    # positions: one, an unfinished part of 64, a second part; widths: the usual one, less than two vectors, odd halves
+    [(1, 1, 1, 1, 2), (2, 7, 3, 1, 32), (3, 64, 4, 2, 32), (2, 65, 6, 3, 26), (1, 130, 2, 2, 32), (2, 9, 2, 1, 64)],
+)
+def test_split_heads(batch, seq_len, num_heads, num_kv_heads, width, normed):
+    heads = torch.randn(batch, seq_len, num_heads + 2 * num_kv_heads, width).bfloat16().requires_grad_()
+    weights = [torch.randn(width, requires_grad=True) if normed else None for _ in range(2)]
+    tables = rotary_tables(seq_len, width, RotaryConfig())
+    inputs = [heads, *(weight for weight in weights if weight is not None)]
+    fast = _SplitHeads.apply(heads, *weights, tables, num_heads, 1e-6)
+    upstream = [torch.randn(out.shape).bfloat16() for out in fast]
+    fast_gradients = torch.autograd.grad(fast, inputs, upstream)
+    exact = split_heads(heads.double(), [w if w is None else w.double() for w in weights], tables.double(), num_heads)
+    gradients = torch.autograd.grad(exact, inputs, [tensor.double() for tensor in upstream])
+    for out, expected in zip(fast, exact, strict=True):
+        assert out.dtype == torch.bfloat16 and relative_error(out, expected) < 4e-3
+    assert torch.equal(fast[2], heads[:, :, num_heads + num_kv_heads :].transpose(1, 2))
+    assert fast_gradients[0].dtype == torch.bfloat16 and relative_error(fast_gradients[0], gradients[0]) < 4e-3
+    for gradient, expected in zip(fast_gradients[1:], gradients[1:], strict=True):
+        assert relative_error(gradient, expected) < 1e-5
+
+
+def with_threads(count: int) -> list[Tensor]:
+    """Results and gradients of every kernel of rows, at several parts of them and an unfinished last one."""
+    torch.set_num_threads(count)
+    torch.manual_seed(0)
+    results = []
+    x, weight = torch.randn(1100, 40, requires_grad=True), torch.randn(40, requires_grad=True)
+    norm = RMSNorm(40, 1e-6)
+    torch.nn.init.normal_(norm.weight)
+    update = torch.randn(1100, 40).bfloat16().requires_grad_()
+    for dtype in (torch.float32, torch.bfloat16):
+        out = rms_norm(x, weight, 1e-6, dtype)
+        results += [out, *torch.autograd.grad(out, (x, weight), torch.randn(out.shape).to(dtype))]
+    outs = add_rms_norm(x, update, norm)
+    results += [*outs, *torch.autograd.grad(outs, (x, update, norm.weight), [torch.randn(x.shape) for _ in outs])]
+    pre, gates = torch.randn(1100, 80).bfloat16(), torch.rand(1100, 1).bfloat16()
+    results.append(swiglu_hidden(pre, gates))
+    results += [r for r in swiglu_hidden_backward(pre, gates, torch.randn(1100, 40).bfloat16()) if r is not None]
+    for width in (24, 32):
+        heads = torch.randn(3, 200, 7, width).bfloat16().requires_grad_()
+        weights = [torch.randn(width, requires_grad=True) for _ in range(2)]
+        outs = _SplitHeads.apply(heads, *weights, rotary_tables(200, width, RotaryConfig()), 3, 1e-6)
+        upstream = [torch.randn(out.shape).bfloat16() for out in outs]
+        results += [*outs, *torch.autograd.grad(outs, (heads, *weights), upstream)]
+    return results
+
+
+@pytest.mark.skipif(not native.several_threads(), reason="the compiler has no OpenMP")
+def test_any_number_of_threads_gives_the_same_bits():
+    one = with_threads(1)
+    for count in (2, 3):
+        for expected, result in zip(one, with_threads(count), strict=True):
+            assert torch.equal(expected, result)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (9, 7, 3), (50, 64, 4), (6, 4, 4)])

@@ -1,9 +1,9 @@
 /* Elementwise parts of the training step, each in one pass over memory: bf16 in and out, fp32 in between.
  *
  * Every function has a definition in plain torch beside its caller, and a test that holds the two together. Compiled by
- * models/native/__init__.py. Rows are independent and shared out among threads. Gradients of weights are sums over rows:
- * they are made by parts of PART rows, one after the other in a part, and the parts are added in order, so that their
- * bits do not depend on the number of threads.
+ * models/native/__init__.py. Rows are independent and shared out among threads. Gradients of weights are sums over
+ * rows: each part of PART rows makes its own, and the parts are added in order, so that their bits do not depend on the
+ * number of threads.
  */
 #include <stdlib.h>
 
@@ -12,8 +12,6 @@
 /* Rows of a part; and the fewest numbers of an input that are worth waking other threads, which costs some 5 us: a
  * thread goes through that many in 10 us. */
 enum { PART = 128, FEWEST = 1 << 15 };
-
-static inline long smaller(long a, long b) { return a < b ? a : b; }
 
 /* Room for one row of sums of every part, all 0; the caller frees it. */
 static float *part_sums(long rows, long width) { return calloc((rows + PART - 1) / PART * width + 1, sizeof(float)); }

@@ -2,12 +2,15 @@
  *
  * The mappings of BLOCK tokens are computed at a time, one token in each place of a Row, because those of one token are
  * too few to fill a vector. `raw` holds the projections phi x of the streams before their norm: 2 n + n^2 a token.
+ * Threads share blocks and tokens. Gradients of gates and biases are summed by parts of PART tokens, which are added in
+ * order, so that their bits do not depend on the number of threads.
  */
 #include <stdlib.h>
 
 #include "lanes.h"
 
 enum { BLOCK = 16, MOST_STREAMS = 8, MOST_MAPPINGS = MOST_STREAMS * (MOST_STREAMS + 2) };
+enum { PART = 128 }; /* tokens: whole blocks, and fewer are not worth waking other threads */
 typedef float Row[BLOCK];
 
 /* Places of the n entries of column or row `group` in an n x n matrix: first and distance. */
@@ -114,35 +117,34 @@ INLINE void squash(long n, const float *gates, const float *bias, const float *i
     }
 }
 
-INLINE void read_forward(long n, long tokens, long width, long iterations, float eps, const float *x, const float *raw,
-                         const float *gates, const float *bias, float *out, float *inverse, float *post, float *res) {
+/* The tokens start .. start + count - 1, a block. */
+INLINE void read_block(long n, long start, long count, long width, long iterations, float eps, const float *x,
+                       const float *raw, const float *gates, const float *bias, float *out, float *inverse, float *post,
+                       float *res) {
     const long maps = 2 * n + n * n;
-    for (long start = 0; start < tokens; start += BLOCK) {
-        const long count = tokens - start < BLOCK ? tokens - start : BLOCK;
-        Row z[MOST_MAPPINGS], factor = {0};
-        for (long t = 0; t < count; t++) {
-            const float *v = x + (start + t) * n * width;
-            Lanes sum = all(0.0f);
-            for (long d = 0; d < n * width; d += LANES) {
-                const Lanes value = load(v + d, n * width - d, 0.0f);
-                sum += value * value;
-            }
-            inverse[start + t] = factor[t] = 1.0f / sqrtf(sum_of(sum) / (n * width) + eps);
+    Row z[MOST_MAPPINGS], factor = {0};
+    for (long t = 0; t < count; t++) {
+        const float *v = x + (start + t) * n * width;
+        Lanes sum = all(0.0f);
+        for (long d = 0; d < n * width; d += LANES) {
+            const Lanes value = load(v + d, n * width - d, 0.0f);
+            sum += value * value;
         }
-        gather(count, maps, raw + start * maps, z);
-        squash(n, gates, bias, factor, z);
-        for (long m = n; m < 2 * n; m++)
-            for (long t = 0; t < BLOCK; t++) z[m][t] *= 2.0f;
-        sinkhorn(n, iterations, z + 2 * n, 0, 0);
-        scatter(count, n, z + n, post + start * n);
-        scatter(count, n * n, z + 2 * n, res + start * n * n);
-        for (long t = 0; t < count; t++) {
-            const float *v = x + (start + t) * n * width;
-            for (long d = 0; d < width; d += LANES) {
-                Lanes sum = all(0.0f);
-                for (long j = 0; j < n; j++) sum += z[j][t] * load(v + j * width + d, width - d, 0.0f);
-                store(out + (start + t) * width + d, width - d, sum);
-            }
+        inverse[start + t] = factor[t] = 1.0f / sqrtf(sum_of(sum) / (n * width) + eps);
+    }
+    gather(count, maps, raw + start * maps, z);
+    squash(n, gates, bias, factor, z);
+    for (long m = n; m < 2 * n; m++)
+        for (long t = 0; t < BLOCK; t++) z[m][t] *= 2.0f;
+    sinkhorn(n, iterations, z + 2 * n, 0, 0);
+    scatter(count, n, z + n, post + start * n);
+    scatter(count, n * n, z + 2 * n, res + start * n * n);
+    for (long t = 0; t < count; t++) {
+        const float *v = x + (start + t) * n * width;
+        for (long d = 0; d < width; d += LANES) {
+            Lanes sum = all(0.0f);
+            for (long j = 0; j < n; j++) sum += z[j][t] * load(v + j * width + d, width - d, 0.0f);
+            store(out + (start + t) * width + d, width - d, sum);
         }
     }
 }
@@ -150,21 +152,26 @@ INLINE void read_forward(long n, long tokens, long width, long iterations, float
 /* out = H_pre x (T, D); post = H_post (T, n); res = H_res (T, n, n); inverse: of the root mean square, (T). */
 int streams_read_forward(long n, long tokens, long width, long iterations, float eps, const float *x, const float *raw,
                          const float *gates, const float *bias, float *out, float *inverse, float *post, float *res) {
-    if (n == 4) /* the usual number as a constant, so that its short loops become straight code */
-        read_forward(4, tokens, width, iterations, eps, x, raw, gates, bias, out, inverse, post, res);
-    else
-        read_forward(n, tokens, width, iterations, eps, x, raw, gates, bias, out, inverse, post, res);
+#pragma omp parallel for schedule(static) if (tokens > PART)
+    for (long start = 0; start < tokens; start += BLOCK) {
+        const long count = smaller(BLOCK, tokens - start);
+        if (n == 4) /* the usual number as a constant, so that its short loops become straight code */
+            read_block(4, start, count, width, iterations, eps, x, raw, gates, bias, out, inverse, post, res);
+        else
+            read_block(n, start, count, width, iterations, eps, x, raw, gates, bias, out, inverse, post, res);
+    }
     return 0;
 }
 
-INLINE void read_backward(long n, long tokens, long width, long iterations, const float *x, const float *raw,
-                          const float *gates, const float *bias, const float *inverse, const float *grad_out,
-                          const float *grad_post, const float *grad_res, float *grad_x, float *grad_raw,
-                          float *grad_gates, float *grad_bias, Row *sums) {
+/* Tokens of one part, up to `last`; totals: its sums for the gates and then the biases; sums: working memory. */
+INLINE void read_part_backward(long n, long first_token, long last, long width, long iterations, const float *x,
+                               const float *raw, const float *gates, const float *bias, const float *inverse,
+                               const float *grad_out, const float *grad_post, const float *grad_res, float *grad_x,
+                               float *grad_raw, float *totals, Row *sums) {
     const long maps = 2 * n + n * n;
     Row all_bias[MOST_MAPPINGS] = {{0}}, all_gates[3] = {{0}};
-    for (long start = 0; start < tokens; start += BLOCK) {
-        const long count = tokens - start < BLOCK ? tokens - start : BLOCK;
+    for (long start = first_token; start < last; start += BLOCK) {
+        const long count = smaller(BLOCK, last - start);
         Row z[MOST_MAPPINGS], g[MOST_MAPPINGS], first[MOST_STREAMS * MOST_STREAMS], before[MOST_MAPPINGS];
         Row factor = {0}, pre[MOST_STREAMS], along = {0};
         memcpy(factor, inverse + start, count * sizeof(float));
@@ -209,43 +216,59 @@ INLINE void read_backward(long n, long tokens, long width, long iterations, cons
             }
         }
     }
-    for (long m = 0; m < maps; m++)
-        for (long t = 0; t < BLOCK; t++) grad_bias[m] += all_bias[m][t];
     for (long gate = 0; gate < 3; gate++)
-        for (long t = 0; t < BLOCK; t++) grad_gates[gate] += all_gates[gate][t];
+        for (long t = 0; t < BLOCK; t++) totals[gate] += all_gates[gate][t];
+    for (long m = 0; m < maps; m++)
+        for (long t = 0; t < BLOCK; t++) totals[3 + m] += all_bias[m][t];
 }
 
-/* Its backward pass but for the projection: grad_x lacks phi^T grad_raw. grad_gates and grad_bias must start at 0. */
+/* Its backward pass but for the projection: grad_x lacks phi^T grad_raw. */
 int streams_read_backward(long n, long tokens, long width, long iterations, const float *x, const float *raw,
                           const float *gates, const float *bias, const float *inverse, const float *grad_out,
                           const float *grad_post, const float *grad_res, float *grad_x, float *grad_raw,
                           float *grad_gates, float *grad_bias) {
-    Row *sums = malloc(2 * iterations * n * sizeof(Row));
-    if (!sums) return 1;
-    if (n == 4)
-        read_backward(4, tokens, width, iterations, x, raw, gates, bias, inverse, grad_out, grad_post, grad_res, grad_x,
-                      grad_raw, grad_gates, grad_bias, sums);
-    else
-        read_backward(n, tokens, width, iterations, x, raw, gates, bias, inverse, grad_out, grad_post, grad_res, grad_x,
-                      grad_raw, grad_gates, grad_bias, sums);
-    free(sums);
-    return 0;
+    const long totals = 3 + 2 * n + n * n;
+    int failed = 0;
+    float *of_parts = calloc((tokens + PART - 1) / PART * totals + 1, sizeof(float));
+    if (!of_parts) return 1;
+#pragma omp parallel for schedule(static) if (tokens > PART)
+    for (long start = 0; start < tokens; start += PART) {
+        const long last = smaller(start + PART, tokens);
+        float *of_part = of_parts + start / PART * totals;
+        Row *sums = malloc(2 * iterations * n * sizeof(Row));
+        if (!sums) {
+#pragma omp atomic write
+            failed = 1;
+        } else if (n == 4)
+            read_part_backward(4, start, last, width, iterations, x, raw, gates, bias, inverse, grad_out, grad_post,
+                               grad_res, grad_x, grad_raw, of_part, sums);
+        else
+            read_part_backward(n, start, last, width, iterations, x, raw, gates, bias, inverse, grad_out, grad_post,
+                               grad_res, grad_x, grad_raw, of_part, sums);
+        free(sums);
+    }
+    for (long i = 0; i < totals; i++) {
+        float sum = 0.0f;
+        for (long start = 0; start < tokens; start += PART) sum += of_parts[start / PART * totals + i];
+        *(i < 3 ? grad_gates + i : grad_bias + i - 3) = sum;
+    }
+    free(of_parts);
+    return failed;
 }
 
-INLINE void write_forward(long n, long tokens, long width, const float *x, const float *update, const float *post,
-                          const float *res, float *restrict out) {
-    for (long t = 0; t < tokens; t++) {
-        const float *v = x + t * n * width, *p = post + t * n, *r = res + t * n * n;
-        for (long d = 0; d < width; d += LANES) {
-            const long rest = width - d;
-            const Lanes f = load(update + t * width + d, rest, 0.0f);
-            Lanes streams[MOST_STREAMS];
-            for (long j = 0; j < n; j++) streams[j] = load(v + j * width + d, rest, 0.0f);
-            for (long i = 0; i < n; i++) {
-                Lanes sum = p[i] * f;
-                for (long j = 0; j < n; j++) sum += r[i * n + j] * streams[j];
-                store(out + (t * n + i) * width + d, rest, sum);
-            }
+/* Token t. */
+INLINE void write_token(long n, long t, long width, const float *x, const float *update, const float *post,
+                        const float *res, float *restrict out) {
+    const float *v = x + t * n * width, *p = post + t * n, *r = res + t * n * n;
+    for (long d = 0; d < width; d += LANES) {
+        const long rest = width - d;
+        const Lanes f = load(update + t * width + d, rest, 0.0f);
+        Lanes streams[MOST_STREAMS];
+        for (long j = 0; j < n; j++) streams[j] = load(v + j * width + d, rest, 0.0f);
+        for (long i = 0; i < n; i++) {
+            Lanes sum = p[i] * f;
+            for (long j = 0; j < n; j++) sum += r[i * n + j] * streams[j];
+            store(out + (t * n + i) * width + d, rest, sum);
         }
     }
 }
@@ -253,53 +276,55 @@ INLINE void write_forward(long n, long tokens, long width, const float *x, const
 /* out = H_res x + H_post^T update. */
 int streams_write_forward(long n, long tokens, long width, const float *x, const float *update, const float *post,
                           const float *res, float *restrict out) {
-    if (n == 4)
-        write_forward(4, tokens, width, x, update, post, res, out);
-    else
-        write_forward(n, tokens, width, x, update, post, res, out);
+#pragma omp parallel for schedule(static) if (tokens > PART)
+    for (long t = 0; t < tokens; t++)
+        if (n == 4)
+            write_token(4, t, width, x, update, post, res, out);
+        else
+            write_token(n, t, width, x, update, post, res, out);
     return 0;
 }
 
-INLINE void write_backward(long n, long tokens, long width, const float *x, const float *update, const float *post,
-                           const float *res, const float *grad, float *restrict grad_x, float *restrict grad_update,
-                           float *restrict grad_post, float *restrict grad_res) {
-    for (long t = 0; t < tokens; t++) {
-        const float *v = x + t * n * width, *p = post + t * n, *r = res + t * n * n, *g = grad + t * n * width;
-        Lanes posts[MOST_STREAMS], mixes[MOST_STREAMS * MOST_STREAMS];
-        for (long i = 0; i < n; i++) posts[i] = all(0.0f);
-        for (long k = 0; k < n * n; k++) mixes[k] = all(0.0f);
-        for (long d = 0; d < width; d += LANES) {
-            const long rest = width - d;
-            const Lanes f = load(update + t * width + d, rest, 0.0f);
-            Lanes grads[MOST_STREAMS], sum = all(0.0f);
-            for (long i = 0; i < n; i++) {
-                grads[i] = load(g + i * width + d, rest, 0.0f);
-                sum += p[i] * grads[i];
-                posts[i] += f * grads[i];
-            }
-            store(grad_update + t * width + d, rest, sum);
-            for (long j = 0; j < n; j++) {
-                const Lanes stream = load(v + j * width + d, rest, 0.0f);
-                Lanes mixed = all(0.0f);
-                for (long i = 0; i < n; i++) {
-                    mixed += r[i * n + j] * grads[i];
-                    mixes[i * n + j] += stream * grads[i];
-                }
-                store(grad_x + (t * n + j) * width + d, rest, mixed);
-            }
+INLINE void write_token_backward(long n, long t, long width, const float *x, const float *update, const float *post,
+                                 const float *res, const float *grad, float *restrict grad_x,
+                                 float *restrict grad_update, float *restrict grad_post, float *restrict grad_res) {
+    const float *v = x + t * n * width, *p = post + t * n, *r = res + t * n * n, *g = grad + t * n * width;
+    Lanes posts[MOST_STREAMS], mixes[MOST_STREAMS * MOST_STREAMS];
+    for (long i = 0; i < n; i++) posts[i] = all(0.0f);
+    for (long k = 0; k < n * n; k++) mixes[k] = all(0.0f);
+    for (long d = 0; d < width; d += LANES) {
+        const long rest = width - d;
+        const Lanes f = load(update + t * width + d, rest, 0.0f);
+        Lanes grads[MOST_STREAMS], sum = all(0.0f);
+        for (long i = 0; i < n; i++) {
+            grads[i] = load(g + i * width + d, rest, 0.0f);
+            sum += p[i] * grads[i];
+            posts[i] += f * grads[i];
         }
-        for (long i = 0; i < n; i++) grad_post[t * n + i] = sum_of(posts[i]);
-        for (long k = 0; k < n * n; k++) grad_res[t * n * n + k] = sum_of(mixes[k]);
+        store(grad_update + t * width + d, rest, sum);
+        for (long j = 0; j < n; j++) {
+            const Lanes stream = load(v + j * width + d, rest, 0.0f);
+            Lanes mixed = all(0.0f);
+            for (long i = 0; i < n; i++) {
+                mixed += r[i * n + j] * grads[i];
+                mixes[i * n + j] += stream * grads[i];
+            }
+            store(grad_x + (t * n + j) * width + d, rest, mixed);
+        }
     }
+    for (long i = 0; i < n; i++) grad_post[t * n + i] = sum_of(posts[i]);
+    for (long k = 0; k < n * n; k++) grad_res[t * n * n + k] = sum_of(mixes[k]);
 }
 
 /* Its backward pass. */
 int streams_write_backward(long n, long tokens, long width, const float *x, const float *update, const float *post,
                            const float *res, const float *grad, float *restrict grad_x, float *restrict grad_update,
                            float *restrict grad_post, float *restrict grad_res) {
-    if (n == 4)
-        write_backward(4, tokens, width, x, update, post, res, grad, grad_x, grad_update, grad_post, grad_res);
-    else
-        write_backward(n, tokens, width, x, update, post, res, grad, grad_x, grad_update, grad_post, grad_res);
+#pragma omp parallel for schedule(static) if (tokens > PART)
+    for (long t = 0; t < tokens; t++)
+        if (n == 4)
+            write_token_backward(4, t, width, x, update, post, res, grad, grad_x, grad_update, grad_post, grad_res);
+        else
+            write_token_backward(n, t, width, x, update, post, res, grad, grad_x, grad_update, grad_post, grad_res);
     return 0;
 }
