@@ -86,7 +86,8 @@ class _NativeLinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
-        return (grad_x * grads[0]).to(ctx.hidden_dtype), grad_weight * grads[0], None, None
+        # In place: nobody else has them, and torch refuses a second backward pass over a tensor that has changed.
+        return grad_x.mul_(grads[0]).to(ctx.hidden_dtype), grad_weight.mul_(grads[0]), None, None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

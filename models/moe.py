@@ -268,15 +268,23 @@ class MoE(nn.Module):
         padded = cfg.expert_kernel in (ExpertKernel.auto, ExpertKernel.padded)
         self.dispatcher = dispatcher if dispatcher is not None else LocalDispatcher(cfg.num_experts, padded)
 
-    def forward(self, x: Tensor, token_ids: Tensor | None = None) -> tuple[Tensor, MoEStats]:
-        """Args: x (B, S, D), token_ids (B, S) for the hash router. Returns: (B, S, D), and what the router reports."""
+    def forward(
+        self, x: Tensor, token_ids: Tensor | None = None, rounded: Tensor | None = None
+    ) -> tuple[Tensor, MoEStats]:
+        """The layer's update (B, S, D), and what the router reports.
+
+        Args:
+            x: (B, S, D), what the router sees.
+            token_ids: (B, S), for the hash router.
+            rounded: x in the type of the matmuls, what the experts see; None: rounded here.
+        """
         if isinstance(self.router, HashRouter):
             assert token_ids is not None, "the hash router looks at tokens"
             routing = self.router(token_ids)
         else:
             routing = self.router(x)
         fused = self._fused(x)
-        x = x.to(compute_dtype(x))
+        x = x.to(compute_dtype(x)) if rounded is None else rounded
         tokens = x.flatten(0, 1)  # (T, D)
         if fused:
             experts = (self.experts.gate_up, self.experts.down, self.shared_expert)

@@ -74,22 +74,28 @@ class _AddRMSNorm(torch.autograd.Function):
     """The native path of `add_rms_norm`: one pass each way."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         hidden, update = hidden.contiguous(), update.contiguous()
-        total, normed, inverse = torch.empty_like(hidden), torch.empty_like(hidden), hidden.new_empty(hidden.shape[:-1])
+        total, normed, rounded = torch.empty_like(hidden), torch.empty_like(hidden), torch.empty_like(update)
+        inverse = hidden.new_empty(hidden.shape[:-1])
         ctx.sizes = (inverse.numel(), hidden.shape[-1])
-        native.call("add_rms_norm_forward", *ctx.sizes, float(eps), hidden, update, weight, total, normed, inverse)
+        outputs = (total, normed, rounded, inverse)
+        native.call("add_rms_norm_forward", *ctx.sizes, float(eps), hidden, update, weight, *outputs)
         ctx.save_for_backward(total, weight, inverse)
-        return total, normed
+        ctx.set_materialize_grads(False)
+        return total, normed, rounded
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: activation checkpointing gives them out once
-        grad_total, grad_normed = (grad.contiguous() for grad in grads)
-        grad_hidden = torch.empty_like(grad_total)
+        grad_total, grad_normed, grad_rounded = (None if grad is None else grad.contiguous() for grad in grads)
+        if grad_total is None:
+            grad_total = torch.zeros_like(saved[0])
+        grad_hidden = torch.empty_like(saved[0])
         results = (grad_hidden, torch.empty_like(grad_hidden, dtype=torch.bfloat16), torch.empty_like(saved[1]))
-        native.call("add_rms_norm_backward", *ctx.sizes, *saved, grad_normed, grad_total, *results)
+        given = (grad_normed, grad_rounded, grad_total)
+        native.call("add_rms_norm_backward", *ctx.sizes, *saved, *given, *results)
         return *results, None
 
 
@@ -106,22 +112,24 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps, dtype)
 
 
-def add_rms_norm(hidden: Tensor, update: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+def add_rms_norm(hidden: Tensor, update: Tensor, norm: RMSNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """What stands between two sub-layers: the residual hidden + update, and its norm.
 
     Args:
         hidden: (..., D).
         update: like `hidden`, of any type.
         norm: of the next sub-layer.
+        dtype: of that sub-layer's matmuls.
 
     Returns:
-        (..., D) the sum, (..., D) its norm.
+        (..., D) the sum, (..., D) its norm, and (..., D) the norm rounded to `dtype`.
     """
     if (
         native.available(hidden, torch.float32)
-        and update.dtype == torch.bfloat16
+        and update.dtype == dtype == torch.bfloat16
         and norm.weight.dtype == torch.float32
     ):
         return _AddRMSNorm.apply(hidden, update, norm.weight, norm.eps)
     hidden = hidden + update
-    return hidden, norm(hidden)
+    normed = norm(hidden)
+    return hidden, normed, normed.to(dtype)

@@ -235,17 +235,18 @@ class Block(nn.Module):
         else:
             update = self.attention(self.attention_norm(x, compute_dtype(x)), bias)
         if self.feed_forward_connection is None:
-            hidden, normed = add_rms_norm(hidden, update, self.feed_forward_norm)
+            hidden, normed, rounded = add_rms_norm(hidden, update, self.feed_forward_norm, compute_dtype(hidden))
             mappings = None
         else:
             hidden = write(hidden, update, mappings)
             x, mappings = read(self.feed_forward_connection, hidden)  # (B, S, D)
             normed = self.feed_forward_norm(x)
+            rounded = normed.to(compute_dtype(normed))
         if self.moe is not None:
-            update, moe_stats = self.moe(normed, token_ids)
+            update, moe_stats = self.moe(normed, token_ids, rounded)
             hidden = write(hidden, update, mappings)
         elif self.feed_forward is not None:
-            hidden = write(hidden, self.feed_forward(normed), mappings)
+            hidden = write(hidden, self.feed_forward(rounded), mappings)
         return BlockOutput(hidden, moe_stats, None if gate is None else gate.detach())
 
 

@@ -219,14 +219,21 @@ def test_add_rms_norm(shape, monkeypatch):
     norm = RMSNorm(shape[-1], 1e-6)
     torch.nn.init.normal_(norm.weight)
     hidden, update = torch.randn(shape, requires_grad=True), torch.randn(shape).bfloat16().requires_grad_()
-    upstream, direct = torch.randn(shape), torch.randn(shape)
+    inputs = (hidden, norm.weight, update)
+    upstream = [torch.randn(shape), torch.randn(shape), torch.randn(shape).bfloat16()]
     results = []
     for _ in range(2):
-        total, normed = add_rms_norm(hidden, update, norm)
-        value = (normed * upstream).sum() + (total * direct).sum()
-        results.append((total, normed, *torch.autograd.grad(value, (hidden, norm.weight, update))))
+        outs = add_rms_norm(hidden, update, norm, torch.bfloat16)
+        results.append([*outs, *torch.autograd.grad(outs, inputs, upstream)])
+        # any of the three may go unused
+        for used in ([0], [1], [2], [0, 1], [0, 2], [1, 2]):
+            outs = add_rms_norm(hidden, update, norm, torch.bfloat16)
+            given = ([outs[i] for i in used], inputs, [upstream[i] for i in used])
+            gradients = torch.autograd.grad(*given, allow_unused=True, materialize_grads=True)
+            results[-1] += gradients
         plain(monkeypatch)
-    for (a, b), limit in zip(zip(*results, strict=True), (0.0, 1e-6, 1e-6, 1e-6, 5e-3), strict=True):
+    limits = (0.0, 1e-6, 4e-3, *(1e-6, 1e-6, 5e-3) * 7)
+    for (a, b), limit in zip(zip(*results, strict=True), limits, strict=True):
         assert a.dtype == b.dtype and relative_error(a, b) <= limit
 
 
@@ -280,8 +287,9 @@ def with_threads(count: int) -> list[Tensor]:
     for dtype in (torch.float32, torch.bfloat16):
         out = rms_norm(x, weight, 1e-6, dtype)
         results += [out, *torch.autograd.grad(out, (x, weight), torch.randn(out.shape).to(dtype))]
-    outs = add_rms_norm(x, update, norm)
-    results += [*outs, *torch.autograd.grad(outs, (x, update, norm.weight), [torch.randn(x.shape) for _ in outs])]
+    outs = add_rms_norm(x, update, norm, torch.bfloat16)
+    upstream = [torch.randn(out.shape).to(out.dtype) for out in outs]
+    results += [*outs, *torch.autograd.grad(outs, (x, update, norm.weight), upstream)]
     pre, gates = torch.randn(1100, 80).bfloat16(), torch.rand(1100, 1).bfloat16()
     results.append(swiglu_hidden(pre, gates))
     results += [r for r in swiglu_hidden_backward(pre, gates, torch.randn(1100, 40).bfloat16()) if r is not None]

@@ -62,9 +62,10 @@ int swiglu_backward(long rows, long width, const bf16 *pre, const bf16 *weights,
     return 0;
 }
 
-/* Numbers of which one of the two forms is there, the other being NULL. */
-INLINE Lanes load_either(const float *wide, const bf16 *rounded, long at, long n) {
-    return wide ? load(wide + at, n, 0.0f) : load_bf16(rounded + at, n, 0.0f);
+/* The sum of what is there of a gradient in fp32 and one in bf16: the other may be NULL. */
+INLINE Lanes load_sum(const float *wide, const bf16 *rounded, long at, long n) {
+    const Lanes sum = wide ? load(wide + at, n, 0.0f) : all(0.0f);
+    return rounded ? sum + load_bf16(rounded + at, n, 0.0f) : sum;
 }
 
 /* 1 / sqrt(mean(v^2) + eps), given the sum of squares in all lanes together. */
@@ -93,20 +94,20 @@ int rms_norm_forward(long rows, long width, float eps, const float *x, const flo
     return 0;
 }
 
-/* Of one row of a norm: grad . (weight * v), and grad * v * factor added to grad_weight. */
-INLINE float norm_row_sums(long width, float factor, const float *v, const float *weight, const float *grad,
+/* Of one row, at place `at`: grad . (weight * v), and grad * v * factor added to grad_weight. */
+INLINE float norm_row_sums(long width, long at, float factor, const float *v, const float *weight, const float *grad,
                            const bf16 *rounded, float *restrict grad_weight) {
     Lanes dot = all(0.0f);
     for (long i = 0; i < width; i += LANES) {
         const long n = width - i;
-        const Lanes product = load_either(grad, rounded, i, n) * load(v + i, n, 0.0f);
+        const Lanes product = load_sum(grad, rounded, at + i, n) * load(v + at + i, n, 0.0f);
         dot += product * load(weight + i, n, 0.0f);
         store(grad_weight + i, n, load(grad_weight + i, n, 0.0f) + product * factor);
     }
     return sum_of(dot);
 }
 
-/* Its backward pass, from a gradient in fp32 or, where that is NULL, in bf16. */
+/* Its backward pass; the gradient of the result is `grad` + `rounded`, of which one may be NULL. */
 int rms_norm_backward(long rows, long width, const float *x, const float *weight, const float *inverse,
                       const float *grad, const bf16 *rounded, float *restrict grad_x, float *restrict grad_weight) {
     float *sums = part_sums(rows, width);
@@ -114,15 +115,14 @@ int rms_norm_backward(long rows, long width, const float *x, const float *weight
 #pragma omp parallel for schedule(static) if (rows * width > FEWEST)
     for (long start = 0; start < rows; start += PART)
         for (long row = start; row < smaller(start + PART, rows); row++) {
-            const float *v = x + width * row, *wide = grad ? grad + width * row : NULL;
-            const bf16 *narrow = rounded ? rounded + width * row : NULL;
             const float factor = inverse[row];
-            const float dot = norm_row_sums(width, factor, v, weight, wide, narrow, sums + start / PART * width);
+            const float dot =
+                norm_row_sums(width, width * row, factor, x, weight, grad, rounded, sums + start / PART * width);
             const float along = dot * factor * factor * factor / width;
             for (long i = 0; i < width; i += LANES) {
-                const long n = width - i;
-                const Lanes scaled = load_either(wide, narrow, i, n) * load(weight + i, n, 0.0f) * factor;
-                store(grad_x + width * row + i, n, scaled - load(v + i, n, 0.0f) * along);
+                const long n = width - i, at = width * row + i;
+                const Lanes scaled = load_sum(grad, rounded, at, n) * load(weight + i, n, 0.0f) * factor;
+                store(grad_x + at, n, scaled - load(x + at, n, 0.0f) * along);
             }
         }
     add_parts(rows, width, sums, grad_weight);
@@ -130,46 +130,48 @@ int rms_norm_backward(long rows, long width, const float *x, const float *weight
     return 0;
 }
 
-/* The sum of a residual (rows, width) and a sub-layer's update, and the norm of the sum, in one pass. */
+/* The sum of a residual (rows, width) and a sub-layer's update, and its norm in fp32 and in bf16, in one pass. */
 int add_rms_norm_forward(long rows, long width, float eps, const float *hidden, const bf16 *update,
-                         const float *weight, float *restrict total, float *restrict out, float *restrict inverse) {
+                         const float *weight, float *restrict total, float *restrict out, bf16 *restrict rounded,
+                         float *restrict inverse) {
 #pragma omp parallel for schedule(static) if (rows * width > FEWEST)
     for (long row = 0; row < rows; row++) {
-        float *v = total + width * row;
         Lanes squares = all(0.0f);
         for (long i = 0; i < width; i += LANES) {
             const long n = width - i, at = width * row + i;
             const Lanes value = load(hidden + at, n, 0.0f) + load_bf16(update + at, n, 0.0f);
-            store(v + i, n, value);
+            store(total + at, n, value);
             squares += value * value;
         }
         const float factor = inverse[row] = inverse_rms(squares, width, eps);
         for (long i = 0; i < width; i += LANES) {
-            const long n = width - i;
-            store(out + width * row + i, n, load(v + i, n, 0.0f) * factor * load(weight + i, n, 0.0f));
+            const long n = width - i, at = width * row + i;
+            const Lanes normed = load(total + at, n, 0.0f) * factor * load(weight + i, n, 0.0f);
+            store(out + at, n, normed);
+            store_bf16(rounded + at, n, normed);
         }
     }
     return 0;
 }
 
-/* Its backward pass: the gradient of the sum, as it is for the residual and in bf16 for the update; grad_total is what
- * reaches the sum directly. */
+/* Its backward pass: the gradient of the sum, as it is for the residual and in bf16 for the update. grad_total is what
+ * reaches the sum directly; the gradient of the norm is `grad` + `rounded`, of which one may be NULL. */
 int add_rms_norm_backward(long rows, long width, const float *total, const float *weight, const float *inverse,
-                          const float *grad, const float *grad_total, float *restrict grad_hidden,
+                          const float *grad, const bf16 *rounded, const float *grad_total, float *restrict grad_hidden,
                           bf16 *restrict grad_update, float *restrict grad_weight) {
     float *sums = part_sums(rows, width);
     if (!sums) return 1;
 #pragma omp parallel for schedule(static) if (rows * width > FEWEST)
     for (long start = 0; start < rows; start += PART)
         for (long row = start; row < smaller(start + PART, rows); row++) {
-            const float *v = total + width * row, *g = grad + width * row;
             const float factor = inverse[row];
-            const float dot = norm_row_sums(width, factor, v, weight, g, NULL, sums + start / PART * width);
+            const float dot =
+                norm_row_sums(width, width * row, factor, total, weight, grad, rounded, sums + start / PART * width);
             const float along = dot * factor * factor * factor / width;
             for (long i = 0; i < width; i += LANES) {
                 const long n = width - i, at = width * row + i;
-                const Lanes scaled = load(g + i, n, 0.0f) * load(weight + i, n, 0.0f) * factor;
-                const Lanes d = load(grad_total + at, n, 0.0f) + scaled - load(v + i, n, 0.0f) * along;
+                const Lanes scaled = load_sum(grad, rounded, at, n) * load(weight + i, n, 0.0f) * factor;
+                const Lanes d = load(grad_total + at, n, 0.0f) + scaled - load(total + at, n, 0.0f) * along;
                 store(grad_hidden + at, n, d);
                 store_bf16(grad_update + at, n, d);
             }
