@@ -304,7 +304,7 @@ class Transformer(nn.Module):
         Args:
             expert_counts: (num_moe_layers, E), summed over the step's micro-batches and ranks.
         """
-        layers = [module for module in self.modules() if isinstance(module, MoE)]
+        layers = [block.moe for block in self.blocks if isinstance(block.moe, MoE)]
         for layer, counts in zip(layers, expert_counts, strict=True):
             if isinstance(layer.router, Router):
                 layer.router.update_expert_bias(counts)

@@ -182,6 +182,7 @@ class Engine:
         self.device = device
         self.optim = optim
         self.cfg = cfg
+        self.parameters = list(model.named_parameters())  # once: finding them takes longer than using them
         self.groups = parameter_groups(model, optim)
         self.ds_config = deepspeed_config(cfg, micro_batch_size)
         self._engine = self._initialize(_AutocastModel(model, device, resolve_precision(cfg.precision)))
@@ -219,7 +220,7 @@ class Engine:
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(name, accumulated gradient) of every parameter that has one; valid between `backward` and `step`."""
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.parameters:
             if parameter.grad is not None:
                 yield name, parameter.grad
 
