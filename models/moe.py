@@ -302,5 +302,8 @@ class MoE(nn.Module):
     def _fused(self, x: Tensor) -> bool:
         """Whether one native kernel does dispatch, all experts and combine: only where these are the usual ones."""
         is_local = isinstance(self.dispatcher, LocalDispatcher) and self.dispatcher.padded
-        in_fp32 = all(p.dtype == torch.float32 for p in self.parameters())
+        weights: list[Tensor] = [self.experts.gate_up, self.experts.down]
+        if self.shared_expert is not None:
+            weights += [self.shared_expert.gate_up.weight, self.shared_expert.down.weight]
+        in_fp32 = all(weight.dtype == torch.float32 for weight in weights)
         return is_local and in_fp32 and native.matrices_available(x)
