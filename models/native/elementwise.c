@@ -71,8 +71,8 @@ INLINE Lanes load_sum(const float *wide, const bf16 *rounded, long at, long n) {
 /* 1 / sqrt(mean(v^2) + eps), given the sum of squares in all lanes together. */
 INLINE float inverse_rms(Lanes squares, long width, float eps) { return 1.0f / sqrtf(sum_of(squares) / width + eps); }
 
-/* out = x / sqrt(mean(x^2) + eps) * weight in fp32, keeping the factor of every row. Where out is NULL: the same rounded
- * to bf16, in `rounded`. */
+/* out = x / sqrt(mean(x^2) + eps) * weight in fp32, keeping the factor of every row. Where out is NULL: the same in
+ * `rounded`, rounded to bf16. */
 int rms_norm_forward(long rows, long width, float eps, const float *x, const float *weight, float *restrict out,
                      bf16 *restrict rounded, float *restrict inverse) {
 #pragma omp parallel for schedule(static) if (rows * width > FEWEST)

@@ -1,9 +1,9 @@
 /* From the projection of an attention layer to its heads: norm, rotation and the change of layout in one pass each way.
  *
  * heads (B, S, H + 2 H_kv, C) hold queries, keys and values; turned queries are (B, H, S, C), turned keys and plain
- * values (B, H_kv, S, C). cos and sin are (S, C), sin without sign in its second half. No norm weights: no norm. Threads
- * share the parts of PART positions that sequences are cut into. The gradients of the norms are summed by part, and the
- * parts added in order, so that their bits do not depend on the number of threads.
+ * values (B, H_kv, S, C). cos and sin are (S, C), sin without sign in its second half. No norm weights: no norm.
+ * Threads share the parts of PART positions that sequences are cut into. The gradients of the norms are summed by part,
+ * and the parts added in order, so that their bits do not depend on the number of threads.
  */
 #include <stdlib.h>
 
