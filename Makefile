@@ -75,6 +75,7 @@ params: $(STAMP) ## parameters, FLOPs and bytes per device of a preset (MODEL=en
 
 bench: $(STAMP) ## training step against Hugging Face, dense AdamW and table sizes; fallbacks of the kernels against naive forms
 	@$(BIN)/python -m scripts.bench_train $(ARGS)
+	@[ $$(nproc) -eq 1 ] || $(BIN)/python -m scripts.bench_train --threads $$(nproc) $(ARGS)
 	@$(BIN)/python -m scripts.bench_memory $(ARGS)
 	@$(BIN)/python -m scripts.bench_kernels $(ARGS)
 
