@@ -84,8 +84,12 @@ def by_loop(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tens
 
 
 @pytest.mark.parametrize(
-    "sizes", [(1, 1, 1, 8, 8), (37, 2, 7, 40, 24), (150, 3, 3, 33, 5), (300, 2, 2, 64, 32), (70, 1, 3, 24, 150)]
-)
+    "sizes",
+    [
+        (1, 1, 1, 8, 8), (37, 2, 7, 40, 24), (150, 3, 3, 33, 5), (300, 2, 2, 64, 32), (70, 1, 3, 24, 150),
+        (1300, 2, 2, 33, 5), (1056, 1, 1, 32, 24),
+    ],
+)  # fmt: skip
 def test_experts(sizes):
     case = experts_case(*sizes)
     leaves = {name: case[name].clone().requires_grad_() for name in ("x", "weights", "gate_up", "down")}
@@ -100,6 +104,26 @@ def test_experts(sizes):
         assert gradient.dtype == leaves[name].dtype and relative_error(gradient, reference) < BF16, name
     if sizes[2] > sizes[1]:
         assert gradients[2][-1].count_nonzero() == 0 and gradients[3][-1].count_nonzero() == 0
+
+
+# Parts of an expert (experts.h) that are full, unfinished and empty; rows that are gathered, and that lie as they are.
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1, 8, 8), (300, 3, 9, 40, 24), (1300, 2, 2, 33, 5), (2080, 1, 1, 32, 24), (2070, 1, 2, 24, 16)]
+)
+def test_experts_give_the_same_bits_with_any_number_of_threads(sizes):
+    case = experts_case(*sizes)
+    leaves = {name: case[name].clone().requires_grad_() for name in ("x", "weights", "gate_up", "down")}
+    upstream = torch.randn(case["x"].shape)
+    swiglu = SwiGLU(sizes[3], sizes[4])
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        for shared in (None, swiglu):
+            out = swiglu_native(leaves["x"], case["ids"], *list(leaves.values())[1:], shared)
+            inputs = [*leaves.values(), *(() if shared is None else shared.parameters())]
+            results.append((out, *torch.autograd.grad(out, inputs, upstream)))
+    for alone, others in ((results[0], results[2::2]), (results[1], results[3::2])):
+        assert all(torch.equal(*pair) for other in others for pair in zip(alone, other, strict=True))
 
 
 def moe_results(bf16: bool, router: RouterConfig) -> dict[str, Tensor]:
@@ -139,7 +163,7 @@ def test_moe_layer(monkeypatch, calls, router):
         assert relative_error(actual[name], exact) < max(1.5 * relative_error(torchs_own[name], exact), BF16), name
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 8), (37, 40, 24), (150, 33, 5), (300, 64, 96)])
+@pytest.mark.parametrize("sizes", [(1, 8, 8), (37, 40, 24), (150, 33, 5), (300, 64, 96), (560, 32, 24)])
 def test_dense_swiglu(sizes, calls):
     tokens, width, hidden = sizes
     torch.manual_seed(0)

@@ -57,7 +57,7 @@ static inline int tiles_allowed(void) {
 
 /* c (32, 32) = or += a (32, k) b (k, 32): two by two tiles, so that each loaded tile is used twice. b is the first
  * tile of the first 16 columns, `next` pairs before that of the other 16. */
-static inline void multiply_block(long k, const bf16 *a, long lda, const uint32_t *b, long next, float *c, long ldc,
+INLINE void multiply_block(long k, const bf16 *a, long lda, const uint32_t *b, long next, float *c, long ldc,
                                   int accumulate) {
     __asm__ volatile("" ::: "memory"); /* gcc 12 does not know that a tile load reads memory */
     if (accumulate) {
@@ -95,7 +95,7 @@ static inline int tiles_allowed(void) { return 1; }
 enum { STEP = 8 }; /* rows: 16 of the 32 registers hold their sums, enough to hide the latency of a dot product */
 
 /* c (STEP, 32) = or += a (STEP, k) b (k, 32), all sums in registers; b and `next` as above. */
-static inline void multiply_block(long k, const bf16 *a, long lda, const uint32_t *b, long next, float *c, long ldc,
+INLINE void multiply_block(long k, const bf16 *a, long lda, const uint32_t *b, long next, float *c, long ldc,
                                   int accumulate) {
     __m512 left[STEP], right[STEP];
     for (long row = 0; row < STEP; row++) {
@@ -126,7 +126,7 @@ static inline int tiles_allowed(void) { return 0; }
 enum { STEP = BLOCK };
 
 /* The same in plain C, for processors without the unit: correct, not fast. */
-static inline void multiply_block(long k, const bf16 *a, long lda, const uint32_t *b, long next, float *c, long ldc,
+INLINE void multiply_block(long k, const bf16 *a, long lda, const uint32_t *b, long next, float *c, long ldc,
                                   int accumulate) {
     for (long row = 0; row < BLOCK; row++)
         for (long column = 0; column < BLOCK; column++) {
@@ -142,13 +142,43 @@ static inline void multiply_block(long k, const bf16 *a, long lda, const uint32_
 
 static inline long stepped(long size) { return (size + STEP - 1) / STEP * STEP; }
 
-/* c (m, n) = or += a (m, k) b (k, n), with the first k rows and n columns of b; lda and ldc in values of one row. */
-static void multiply(long m, long n, long k, const bf16 *a, long lda, Tiles b, float *c, long ldc, int accumulate) {
+/* Memory that is used next, fetched into the cache between the blocks of a product, which hardly needs the bus. */
+enum { PIECE = 256, MOST_PIECES = 1024, AT_ONCE = 4 }; /* bytes; pieces, a quarter of a 1 MiB cache; pieces per block */
+
+typedef struct {
+    const char *pieces[MOST_PIECES];
+    long next, end;
+} Ahead;
+
+static inline void will_use(Ahead *ahead, const void *from, long bytes) {
+    for (const char *at = from; at < (const char *)from + bytes && ahead->end < MOST_PIECES; at += PIECE)
+        ahead->pieces[ahead->end++] = at;
+}
+
+static inline void fetch(Ahead *ahead) {
+    for (const long end = smaller(ahead->end, ahead->next + AT_ONCE); ahead->next < end; ahead->next++)
+        for (long line = 0; line < PIECE; line += 64) __builtin_prefetch(ahead->pieces[ahead->next] + line);
+    if (ahead->next == ahead->end) ahead->next = ahead->end = 0;
+}
+
+/* c (m, n) = or += a (m, k) b (k, n), with the first k rows and n columns of b; lda and ldc in values of one row. Not
+ * inlined: among other loops gcc 12 lacks registers for this one. */
+static __attribute__((noinline)) void multiply_ahead(long m, long n, long k, const bf16 *a, long lda, Tiles b, float *c,
+                                                     long ldc, int accumulate, Ahead *ahead) {
     const long next = b.row_tiles * TILE_PAIRS;
     for (long column = 0; column < n; column += BLOCK)
-        for (long row = 0; row < m; row += STEP)
+        for (long row = 0; row < m; row += STEP) {
+            fetch(ahead);
             multiply_block(k, a + row * lda, lda, b.pairs + column / 16 * next, next, c + row * ldc + column, ldc,
                            accumulate);
+        }
+}
+
+static inline void multiply(long m, long n, long k, const bf16 *a, long lda, Tiles b, float *c, long ldc,
+                            int accumulate) {
+    Ahead nothing;
+    nothing.next = nothing.end = 0;
+    multiply_ahead(m, n, k, a, lda, b, c, ldc, accumulate, &nothing);
 }
 
 /* Two bf16 values as they lie side by side in memory. */
@@ -156,10 +186,12 @@ static inline uint32_t pair(bf16 first, bf16 second) { return first | (uint32_t)
 
 #ifdef __AVX512BF16__
 /* Pairs of 16 values of two rows. */
+static inline __m512i pairs_of_halves(__m256i first, __m256i second) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
+}
+
 static inline __m512i pairs_of_rows(const bf16 *first, const bf16 *second) {
-    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)first));
-    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)second));
-    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    return pairs_of_halves(_mm256_loadu_si256((const void *)first), _mm256_loadu_si256((const void *)second));
 }
 
 /* Sixteen rows of sixteen pairs -> their transpose: within lanes of 128 bits first, then the lanes. */
@@ -188,6 +220,15 @@ INLINE void turn(__m512i rows[16]) {
     }
 }
 #endif
+
+/* Pairs of as many values of two rows as Lanes hold. */
+static inline void store_pairs(uint32_t *to, Lanes first, Lanes second) {
+#ifdef __AVX512BF16__
+    _mm512_storeu_si512(to, pairs_of_halves((__m256i)_mm512_cvtneps_pbh(first), (__m256i)_mm512_cvtneps_pbh(second)));
+#else
+    *to = pair(narrow(first), narrow(second));
+#endif
+}
 
 /* The right operand b = source (rows, columns), whose rows are `stride` values apart. */
 static inline Tiles tiles_of(long rows, long columns, const bf16 *source, long stride, uint32_t *restrict pairs) {
