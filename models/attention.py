@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from models import native
 from models.norm import RMSNorm
 from models.rotary import RotaryConfig, rotary_tables, rotate, softmax_scale
-from models.softmax_attention import masked_attention
+from models.softmax_attention import CausalMask, masked_attention
 
 
 @dataclass
@@ -103,12 +103,12 @@ class Attention(nn.Module):
         self.register_buffer("rotary", rotary_tables(seq_len, cfg.head_dim, rotary), persistent=False)
         self.scale = softmax_scale(cfg.head_dim, rotary)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: CausalMask) -> Tensor:
         """Attention of every position to the earlier ones of its document.
 
         Args:
             x: (B, S, D).
-            bias: (B, 1, S, S) from `attention_bias`.
+            mask: from `causal_mask`.
 
         Returns:
             (B, S, D).
@@ -116,7 +116,7 @@ class Attention(nn.Module):
         batch, seq_len, _ = x.shape
         heads = self.qkv(x).view(batch, seq_len, -1, self.cfg.head_dim)  # (B, S, H + 2 H_kv, C)
         query, key, value = self._split(heads)
-        attended = masked_attention(query, key, value, bias, self.scale)  # (B, S, H, C)
+        attended = masked_attention(query, key, value, mask, self.scale)  # (B, S, H, C)
         return self.output(attended.flatten(2))  # (B, S, D)
 
     def _split(self, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from models.norm import RMSNorm
 from models.rotary import RotaryConfig, rotary_tables, rotate, softmax_scale
-from models.softmax_attention import masked_attention
+from models.softmax_attention import CausalMask, masked_attention
 
 
 @dataclass
@@ -77,12 +77,12 @@ class LatentAttention(nn.Module):
         self.register_buffer("rotary", rotary_tables(seq_len, cfg.rope_head_dim, rotary), persistent=False)
         self.scale = softmax_scale(cfg.key_head_dim, rotary)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: CausalMask) -> Tensor:
         """Attention of every position to the earlier ones of its document.
 
         Args:
             x: (B, S, D).
-            bias: (B, 1, S, S) from `attention_bias`.
+            mask: from `causal_mask`.
 
         Returns:
             (B, S, D).
@@ -91,7 +91,7 @@ class LatentAttention(nn.Module):
         query = self._query(x, tables)
         key, value = self._key_and_value(x, tables)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H, S, C or W)
-        attended = masked_attention(query, key, value, bias, self.scale)  # (B, S, H, W)
+        attended = masked_attention(query, key, value, mask, self.scale)  # (B, S, H, W)
         return self.output(attended.flatten(2))  # (B, S, D)
 
     def _query(self, x: Tensor, tables: Tensor) -> Tensor:

@@ -188,42 +188,43 @@ def sequence_balance_loss(scores: Tensor, top_k: int) -> Tensor:
     return (fraction * mean_share).sum(-1).mean()
 
 
+TOKENS_PER_BLOCK = 32  # TOKENS of models/native/router.c, in whose layout the scores wait for the backward pass
+
+
 class _NativeRouting(torch.autograd.Function):
-    """What `Router.forward` makes of its logits, in one C kernel each way (models/native/router.c)."""
+    """`Router.forward` without groups, in one C kernel each way (models/native/router.c)."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, bias: Tensor, cfg: RouterConfig
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, cfg: RouterConfig
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        batch, seq_len, num_experts = logits.shape
-        num_tokens = batch * seq_len
-        scores, sums = logits.new_empty(num_tokens, num_experts), logits.new_empty(num_tokens)
-        ids, weights = torch.empty(num_tokens, cfg.top_k, dtype=torch.int64), logits.new_empty(num_tokens, cfg.top_k)
-        counts = torch.zeros(num_experts, dtype=torch.int64)
-        even, share = logits.new_zeros(2, batch, num_experts)
-        entropy = logits.new_zeros(())
-        sizes = (batch, seq_len, num_experts, cfg.top_k, float(cfg.route_scale), int(cfg.normalize))
-        native.call(
-            "router_forward", *sizes, logits.contiguous(), bias, scores, sums, ids, weights, counts, even, share,
-            torch.empty(num_experts), torch.empty(cfg.top_k, dtype=torch.int64), entropy,
-        )  # fmt: skip
+        batch, seq_len, width = x.shape
+        num_experts, num_tokens, blocks = weight.shape[0], batch * seq_len, -(-seq_len // TOKENS_PER_BLOCK)
+        x, weight = x.contiguous(), weight.contiguous()
+        scores = x.new_empty(batch, blocks, num_experts, TOKENS_PER_BLOCK)
+        sums = x.new_empty(batch, blocks, TOKENS_PER_BLOCK)
+        ids, weights = torch.empty(num_tokens, cfg.top_k, dtype=torch.int64), x.new_empty(num_tokens, cfg.top_k)
+        counts = torch.zeros(batch, num_experts, dtype=torch.int64)
+        even, share = x.new_zeros(2, batch, num_experts)
+        entropy = torch.zeros(batch, dtype=torch.float64)
+        sizes = (batch, seq_len, width, num_experts, cfg.top_k, float(cfg.route_scale), int(cfg.normalize))
+        native.call("router_forward", *sizes, x, weight, bias, scores, sums, ids, weights, counts, even, share, entropy)
         # f_i P_i / B of the balance loss without P_i's sum over tokens, times its coefficient: (B, E)
         pull = even * (cfg.sequence_balance_coef * num_experts / (cfg.top_k * seq_len * seq_len * batch))
         ctx.sizes = sizes
-        ctx.save_for_backward(scores, sums, ids, pull)
-        entropy = entropy / num_tokens
+        ctx.save_for_backward(x, weight, scores, sums, ids, pull)
+        counts, entropy = counts.sum(0), (entropy.sum() / num_tokens).float()
         ctx.mark_non_differentiable(ids, counts, entropy)
         return weights, (pull * share).sum(), ids, counts, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scores, sums, ids, pull = ctx.saved_tensors
-        batch, seq_len, num_experts = ctx.sizes[:3]
-        grad_logits = scores.new_empty(batch, seq_len, num_experts)
-        inputs = (scores, sums, ids, grads[0].contiguous(), pull * grads[1])
-        native.call("router_backward", *ctx.sizes, *inputs, grad_logits)
-        return grad_logits, None, None
+        x, weight, scores, sums, ids, pull = ctx.saved_tensors
+        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+        inputs = (x, weight, scores, sums, ids, grads[0].contiguous(), pull * grads[1])
+        native.call("router_backward", *ctx.sizes, *inputs, grad_x, grad_weight, x.new_empty(len(x), *weight.shape))
+        return grad_x, grad_weight, None, None
 
 
 class Router(nn.Module):
@@ -254,11 +255,12 @@ class Router(nn.Module):
             Routing over T = B * S tokens.
         """
         cfg = self.cfg
-        with torch.autocast(x.device.type, enabled=False):
-            logits = x.float() @ self.weight.float().t()  # (B, S, E)
-        if native.available(logits, torch.float32) and cfg.num_groups == 1:
-            weights, balance_loss, expert_ids, counts, entropy = _NativeRouting.apply(logits, self.expert_bias, cfg)
+        x, weight = x.float(), self.weight.float()
+        if native.available(x, torch.float32) and cfg.num_groups == 1:
+            weights, balance_loss, expert_ids, counts, entropy = _NativeRouting.apply(x, weight, self.expert_bias, cfg)
             return Routing(expert_ids, weights, counts, {"sequence_balance": balance_loss}, entropy)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = x @ weight.t()  # (B, S, E)
         scores = logits.sigmoid()
         flat = scores.flatten(0, 1)  # (T, E)
         biased = flat.detach() + self.expert_bias

@@ -1,7 +1,7 @@
 """softmax(q k^T * scale + bias) v, masked at document boundaries, and its fast paths on CPU."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from models import native
+from models.precision import compute_dtype
 
 
 def attention_mask(document_ids: Tensor) -> Tensor:
@@ -29,6 +30,26 @@ def attention_mask(document_ids: Tensor) -> Tensor:
 def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where `mask` is True, minus infinity elsewhere: what is added to the scores. Same shape as `mask`."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
+
+
+class CausalMask(NamedTuple):
+    """Which positions see which, in the form that the path of `masked_attention` reads. From `causal_mask`."""
+
+    document_ids: Tensor  # (B, S) int64, equal within a document
+    bias: Tensor | None  # (B, 1, S, S), see `attention_bias`; None where the C kernel reads the ids instead
+
+
+def causal_mask(document_ids: Tensor, x: Tensor) -> CausalMask:
+    """The mask of all layers, made once: every position sees the earlier ones of its document, and itself.
+
+    Args:
+        document_ids: (B, S) int64, equal within a document.
+        x: what the layers work on; its device and type decide the form.
+    """
+    dtype = compute_dtype(x)
+    if native.matrices_available(x):
+        return CausalMask(document_ids, None)
+    return CausalMask(document_ids, attention_bias(attention_mask(document_ids), dtype))
 
 
 # Longest sequence for which the CPU path below keeps all probabilities: (B, H, S, S) in the type of the matmuls.
@@ -93,15 +114,15 @@ class _NativeAttention(torch.autograd.Function):
     """The same in one C kernel (models/native/attention.c), which keeps one number per query instead."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, divisor: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, document_ids: Tensor, divisor: float) -> Tensor:
         batch, num_heads, seq_len, width = query.shape
-        bias = bias.expand(batch, 1, seq_len, seq_len)
-        inputs = tuple(tensor.contiguous() for tensor in (query, key, value, bias))
+        document_ids = document_ids.to(torch.int64).expand(batch, seq_len)
+        inputs = tuple(tensor.contiguous() for tensor in (query, key, value, document_ids))
         ctx.sizes = (batch, num_heads, key.shape[1], seq_len, width, value.shape[-1], divisor)
         out = query.new_empty(batch, seq_len, num_heads, value.shape[-1])
-        log_sum_exp = torch.empty(batch, num_heads, seq_len, dtype=torch.float32)
-        native.call("attention_forward", *ctx.sizes, *inputs, out, log_sum_exp)
-        ctx.save_for_backward(*inputs, log_sum_exp)
+        log_sums = torch.empty(batch, num_heads, seq_len, dtype=torch.float32)
+        native.call("attention_forward", *ctx.sizes, *inputs, out, log_sums)
+        ctx.save_for_backward(*inputs, out, log_sums)
         return out
 
     @staticmethod
@@ -122,23 +143,24 @@ def serves_grouped_heads(query: Tensor) -> bool:
     return query.device.type == "cpu"
 
 
-def masked_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: CausalMask, scale: float) -> Tensor:
     """softmax(q k^T * scale + bias) v, on whichever path is fastest.
 
     Args:
         query: (B, H, S, C).
         key: (B, H_kv, S, C); each key head serves H / H_kv neighbouring query heads.
         value: (B, H_kv, S, W).
-        bias: (B, 1, S, S) from `attention_bias`; it must be causal.
+        mask: from `causal_mask`, of B sequences or of one that stands for all.
         scale: positive; usually from `models.rotary.softmax_scale`.
 
     Returns:
         (B, S, H, W).
     """
-    bias = bias.to(query.dtype)
     divisor = 1 / scale  # usually sqrt(C), which fp32 holds more exactly than its reciprocal
     if query.dtype == torch.bfloat16 and native.matrices_available(query):
-        return _NativeAttention.apply(query, key, value, bias, divisor)
+        return _NativeAttention.apply(query, key, value, mask.document_ids, divisor)
+    bias = attention_bias(attention_mask(mask.document_ids), query.dtype) if mask.bias is None else mask.bias
+    bias = bias.to(query.dtype)
     if query.device.type == "cpu" and query.shape[2] <= MATERIALIZE_UP_TO:
         return _MaterializedAttention.apply(query, key, value, bias, divisor).transpose(1, 2)
     groups = query.shape[1] // key.shape[1]

@@ -22,7 +22,7 @@ from models.over_encoding import OverEncoding, OverEncodingConfig
 from models.precision import compute_dtype
 from models.rotary import RotaryConfig
 from models.router import Router
-from models.softmax_attention import attention_bias, attention_mask
+from models.softmax_attention import CausalMask, causal_mask
 
 
 class ActivationCheckpointing(str, Enum):
@@ -219,9 +219,9 @@ class Block(nn.Module):
             self.feed_forward = SwiGLU(cfg.d_model, cfg.d_ff)
 
     def forward(
-        self, hidden: Tensor, bias: Tensor, token_ids: Tensor, document_ids: Tensor, rows: Tensor | None
+        self, hidden: Tensor, mask: CausalMask, token_ids: Tensor, document_ids: Tensor, rows: Tensor | None
     ) -> BlockOutput:
-        """Args: hidden (B, S, [J,] D), bias (B, 1, S, S), token_ids, document_ids (B, S), rows (B, S, R, M) or None."""
+        """Args: hidden (B, S, [J,] D), mask, token_ids, document_ids (B, S), rows (B, S, R, M) or None."""
         gate, moe_stats = None, None
         if self.engram is not None and rows is not None and not self.fuses_after_read:
             branches = hidden if hidden.dim() == 4 else hidden[:, :, None]  # (B, S, J, D)
@@ -231,9 +231,9 @@ class Block(nn.Module):
         if self.engram is not None and rows is not None and self.fuses_after_read:
             update, gate = self.engram(x[:, :, None], rows, document_ids)
             memory = update[:, :, 0].to(x.dtype)
-            update = memory + self.attention(self.attention_norm(x + memory, compute_dtype(x)), bias)
+            update = memory + self.attention(self.attention_norm(x + memory, compute_dtype(x)), mask)
         else:
-            update = self.attention(self.attention_norm(x, compute_dtype(x)), bias)
+            update = self.attention(self.attention_norm(x, compute_dtype(x)), mask)
         if self.feed_forward_connection is None:
             hidden, normed, rounded = add_rms_norm(hidden, update, self.feed_forward_norm, compute_dtype(hidden))
             mappings = None
@@ -284,10 +284,10 @@ class Transformer(nn.Module):
             (rows,) = memory_rows.values()
             hidden = self.over_encoding(hidden, rows)
         hidden = enter(self.cfg.hyper_connections, hidden)  # (B, S, D), or (B, S, J, D)
-        bias = attention_bias(attention_mask(document_ids), compute_dtype(hidden))  # (B, 1, S, S)
+        mask = causal_mask(document_ids, hidden)
         outputs: list[BlockOutput] = []
         for layer, block in enumerate(self.blocks):
-            output = self._run_block(block, hidden, bias, token_ids, document_ids, memory_rows.get(layer))
+            output = self._run_block(block, hidden, mask, token_ids, document_ids, memory_rows.get(layer))
             hidden = output.hidden
             outputs.append(output)
         weight = self.embedding.weight if self.head is None else self.head.weight
@@ -309,7 +309,7 @@ class Transformer(nn.Module):
             if isinstance(layer.router, Router):
                 layer.router.update_expert_bias(counts)
 
-    def _run_block(self, block: nn.Module, hidden: Tensor, *args: Tensor | None) -> BlockOutput:
+    def _run_block(self, block: nn.Module, hidden: Tensor, *args: Tensor | CausalMask | None) -> BlockOutput:
         if self.cfg.activation_checkpointing is ActivationCheckpointing.full and torch.is_grad_enabled():
             # No part of a block draws random numbers, so there is no generator state to restore.
             return checkpoint(block, hidden, *args, use_reentrant=False, preserve_rng_state=False)

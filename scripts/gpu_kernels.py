@@ -19,7 +19,7 @@ from models.initialize import initialize
 from models.kernels.gate import bytes_moved, engram_gate, engram_gate_definition
 from models.loss import cross_entropy, linear_cross_entropy
 from models.mla import MLAConfig
-from models.softmax_attention import attention_bias, attention_mask
+from models.softmax_attention import causal_mask
 from models.transformer import TransformerConfig, make_attention
 from scripts.gpu_table import Case, Column, Row, Section
 from scripts.gpu_timing import Bench, backward_of
@@ -167,13 +167,13 @@ def attention(bench: Bench, cfg: TransformerConfig, batch: int, backend: SDPBack
     layer.to(bench.device)
     x = bench.random(batch, cfg.seq_len, cfg.d_model).requires_grad_()
     document_ids = (torch.arange(cfg.seq_len, device=bench.device) // DOCUMENT).expand(batch, -1)
-    bias = attention_bias(attention_mask(document_ids), BF16)
+    mask = causal_mask(document_ids, x.to(BF16))
     leaves = [x, *layer.parameters()]
 
     def run() -> None:
         choice = nullcontext() if backend is None else sdpa_kernel([backend])
         with torch.autocast(bench.device.type, BF16), choice:
-            out = layer(x, bias)
+            out = layer(x, mask)
         torch.autograd.grad(out, leaves, torch.ones_like(out))
 
     ran = attention_backend(run)

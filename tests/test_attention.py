@@ -9,7 +9,7 @@ from models.attention import Attention, AttentionConfig
 from models.initialize import initialize
 from models.norm import RMSNorm
 from models.rotary import RotaryConfig
-from models.softmax_attention import attention_bias, attention_mask
+from models.softmax_attention import causal_mask
 from tests.tiny import relative_error
 
 
@@ -77,7 +77,7 @@ def test_attention_equals_a_loop_over_positions_and_heads(cfg, theta):
     attention = make(cfg, theta)
     x = torch.randn(2, 7, 12)
     document_ids = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [3, 4, 4, 4, 4, 4, 5]])
-    out = attention(x, attention_bias(attention_mask(document_ids), x.dtype))
+    out = attention(x, causal_mask(document_ids, x))
     assert relative_error(out, brute_force(attention, theta, x, document_ids)) < 1e-5
 
 

@@ -18,7 +18,7 @@ from models.hyper_connections import (
     write,
 )
 from models.initialize import initialize
-from models.softmax_attention import attention_bias, attention_mask
+from models.softmax_attention import causal_mask
 from models.transformer import Transformer, TransformerConfig
 from tests.tiny import TinyMemory, relative_error, tiny_batch, tiny_config, tiny_model
 from train.config import compose_config, load_config, to_yaml
@@ -304,7 +304,7 @@ def test_two_layers_equal_a_slow_model_with_all_gradients(kind):
     model.zero_grad(set_to_none=True)
 
     streams = model.embedding(token_ids)[:, :, None] * torch.ones(3, 1, dtype=torch.float64)
-    bias = attention_bias(attention_mask(document_ids), torch.float64)
+    mask = causal_mask(document_ids, streams)
     for block in model.blocks:
         if block.engram is not None and cfg.engram.multi_branch:
             streams = streams + block.engram(streams, leaves[1], document_ids).update
@@ -312,7 +312,7 @@ def test_two_layers_equal_a_slow_model_with_all_gradients(kind):
         recalled = torch.zeros_like(x)
         if block.engram is not None and not cfg.engram.multi_branch:
             recalled = block.engram(x[:, :, None], leaves[1], document_ids).update[:, :, 0]
-        attended = block.attention(block.attention_norm(x + recalled), bias)
+        attended = block.attention(block.attention_norm(x + recalled), mask)
         streams = transcribed_write(streams, recalled + attended, mappings)
         x, mappings = transcribed_read(streams, block.feed_forward_connection)
         streams = transcribed_write(streams, block.feed_forward(block.feed_forward_norm(x)), mappings)

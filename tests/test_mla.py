@@ -13,7 +13,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 from models.attention import AttentionConfig
 from models.mla import LatentAttention, MLAConfig
 from models.rotary import RotaryConfig, YarnConfig
-from models.softmax_attention import attention_bias, attention_mask
+from models.softmax_attention import attention_bias, attention_mask, causal_mask
 from models.transformer import Transformer
 from tests.hf_weights import gradients, latent_settings, our_latent_attention, randomize, rope_parameters
 from tests.tiny import relative_error, tiny_config
@@ -53,7 +53,7 @@ def test_layer_equals_hugging_face(name, yarn, neighbours):
     copy = x.detach().clone().requires_grad_()
     positions = DeepseekV3RotaryEmbedding(config)(copy, torch.arange(SEQ)[None])
     expected, _ = theirs(copy, positions, bias)
-    actual = ours(x, bias)
+    actual = ours(x, causal_mask(document_ids, x))
     assert relative_error(actual, expected) < 1e-5
     upstream = torch.randn(actual.shape)
     actual.backward(upstream)

@@ -95,7 +95,7 @@ def test_levels_that_do_not_work_here_are_refused(monkeypatch):
 
 LANES = """#include "lanes.h"
 void run(long n, const float *x, const bf16 *narrow_x, float *e, float *inverse, float *logs, bf16 *narrowed,
-         float *copy, float *sums) {
+         float *copy, float *sums, float *powers, uint32_t *pairs, float *pair_sums, float *chosen) {
     for (long i = 0; i < n; i += LANES) {
         const Lanes values = load(x + i, n - i, 0.0f);
         store(e + i, n - i, exponential_of(values));
@@ -103,6 +103,12 @@ void run(long n, const float *x, const bf16 *narrow_x, float *e, float *inverse,
         store(logs + i, n - i, logarithm_of(values));
         store_bf16(narrowed + i, n - i, values);
         store(copy + i, n - i, load_bf16(narrow_x + i, n - i, 0.0f));
+        if (n - i >= LANES) {
+            const Lanes second = 3.0f * values;
+            store(powers + i, LANES, power_of_two(values));
+            store(pair_sums + i, LANES, store_pairs(pairs + i, values, second));
+            store(chosen + i, LANES, where_above(values, all(1.0f), where(0x5555, values, all(-1.0f)), all(-2.0f)));
+        }
         sums[0] += sum_of(values);
         sums[1] = greatest_of(greater(load(x + i, n - i, -INFINITY), all(sums[1])));
     }
@@ -120,10 +126,17 @@ def lanes(request, tmp_path):
     library = ctypes.CDLL(str(built))
 
     def run(x):
-        """Exponentials, reciprocals, logarithms, bf16 of x, fp32 of bf16(x), and [sum, greatest]."""
+        """Exponentials, reciprocals, logarithms, bf16 of x, fp32 of bf16(x), [sum, greatest], and of whole vectors
+        2^x, pairs (x, 3 x) in bf16, their sums, and a choice of lanes."""
         guard = torch.full((len(x) + 16,), 7.0)  # behind the last number nothing may be written
         outputs = [guard.clone(), guard.clone(), guard.clone(), guard.bfloat16(), guard.clone()]
         outputs.append(torch.tensor([0.0, -50.0]))
+        outputs += [
+            torch.zeros(len(x)),
+            torch.zeros(len(x), dtype=torch.int32),
+            torch.zeros(len(x)),
+            torch.zeros(len(x)),
+        ]
         arguments = [x, x.bfloat16(), *outputs]
         library.run(ctypes.c_long(len(x)), *(ctypes.c_void_p(tensor.data_ptr()) for tensor in arguments))
         assert all((output[len(x) :] == 7.0).all() for output in outputs[:5])
@@ -152,11 +165,37 @@ def test_logarithm_is_exact_to_fp32(lanes):
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 100])
 def test_lanes_of_any_number(lanes, count):
     x = 1.0 + 1e4 * torch.rand(count) ** 8
-    _, _, _, narrowed, widened, (total, greatest) = lanes(-x)
+    _, _, _, narrowed, widened, (total, greatest), *_ = lanes(-x)
     assert greatest == -x.min().clamp(max=50.0) and relative_error(total, -x.sum()) < 1e-6
     assert torch.equal(narrowed, -x.bfloat16()) and torch.equal(widened, -x.bfloat16().float())
     inverse = lanes(x)[1]
     assert float((inverse.double() * x.double() - 1).abs().max()) < 1.5e-7
+
+
+def test_power_of_two_is_exact_enough_for_bf16(lanes):
+    powers = lanes(torch.linspace(-126.0, 126.0, 160_000))[6].double()
+    assert float((powers / torch.linspace(-126.0, 126.0, 160_000).double().exp2() - 1).abs().max()) < 3e-7
+    special = lanes(torch.tensor([-1e9, -math.inf, -126.0, 0.0, 1.0, math.nan] + [200.0] * 10))[6]
+    assert special[:5].tolist() == [2.0**-126] * 3 + [1.0, 2.0] and special[5].isnan() and special[6:].isinf().all()
+
+
+def test_pairs_of_rows_and_their_sums(lanes):
+    x = 100 * torch.randn(64)
+    pairs, sums = lanes(x)[7:9]
+    halves = pairs.view(torch.bfloat16).view(-1, 2)
+    assert torch.equal(halves[:, 0], x.bfloat16()) and torch.equal(halves[:, 1], (3 * x).bfloat16())
+    assert relative_error(sums, halves.float().sum(1)) < 1e-6
+
+
+def test_choice_of_lanes(lanes):
+    x = torch.linspace(-1.0, 3.0, 32)
+    x[7] = math.nan
+    above, chosen = ~(x <= 1.0), lanes(x)[9]
+    assert bool((chosen[~above] == -2.0).all())
+    even = torch.arange(32) % 2 == 0  # of sixteen lanes; where there is one, it is the first of its own
+    for i in range(32):
+        expected = {float(x[i])} if even[i] else {float(x[i]), -1.0}
+        assert not above[i] or float(chosen[i]) in expected or chosen[i].isnan()
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -355,16 +394,18 @@ def test_freed_memory_is_kept_and_used_again():
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.3])
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1, 3, 3), (2, 7, 5, 2), (3, 9, 40, 4), (2, 33, 64, 6)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 6, 3, 3), (2, 7, 6, 5, 2), (3, 9, 6, 40, 4), (2, 33, 35, 64, 6), (1, 64, 80, 17, 4)]
+)
 def test_router(shape, normalize, coefficient, monkeypatch):
-    batch, seq_len, num_experts, top_k = shape
+    batch, seq_len, d_model, num_experts, top_k = shape
     cfg = RouterConfig(
         top_k=top_k, route_scale=1.7, normalize=normalize, sequence_balance_coef=coefficient, bias_update_rate=0.01
     )
-    router = Router(cfg, 6, num_experts)
-    torch.nn.init.normal_(router.weight)
+    router = Router(cfg, d_model, num_experts)
+    torch.nn.init.normal_(router.weight, 0.0, 2 * d_model**-0.5)
     router.expert_bias.normal_(0, 0.3)
-    x = torch.randn(batch, seq_len, 6, requires_grad=True)
+    x = torch.randn(batch, seq_len, d_model, requires_grad=True)
     upstream = torch.randn(batch * seq_len, num_experts)  # by expert, since the order of the chosen ones is free
     results = []
     for _ in range(2):
@@ -379,3 +420,34 @@ def test_router(shape, normalize, coefficient, monkeypatch):
         plain(monkeypatch)
     for name, a, b in zip(("weights", "counts", "balance", "entropy", "x", "weight"), *results, strict=True):
         assert relative_error(a, b) < 2e-6, name
+
+
+@pytest.mark.parametrize("shape", [(5, 70, 9, 40, 4), (3, 33, 35, 7, 2)])
+def test_router_is_the_same_with_any_number_of_threads(shape):
+    batch, seq_len, d_model, num_experts, top_k = shape
+    router = Router(RouterConfig(top_k=top_k, sequence_balance_coef=0.3), d_model, num_experts)
+    torch.nn.init.normal_(router.weight)
+    x = torch.randn(batch, seq_len, d_model, requires_grad=True)
+    upstream = torch.randn(batch * seq_len, top_k)
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        routing = router(x)
+        loss = routing.aux_losses["sequence_balance"]
+        gradients = torch.autograd.grad((routing.weights * upstream).sum() + loss, (x, router.weight))
+        results.append(
+            (routing.expert_ids, routing.weights, routing.counts, loss.detach(), routing.entropy, *gradients)
+        )
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_router_gives_distinct_experts_for_broken_and_equal_scores():
+    router = Router(RouterConfig(top_k=4), 3, 9)
+    torch.nn.init.normal_(router.weight)
+    x = torch.randn(2, 5, 3)
+    x[0, 1] = math.nan
+    x[1, 2] = 0.0  # equal scores: the first experts
+    ids = router(x).expert_ids
+    assert all(len(set(row)) == 4 and min(row) >= 0 and max(row) < 9 for row in ids.tolist())
+    assert ids[7].tolist() == [0, 1, 2, 3]

@@ -1,10 +1,11 @@
 """Fused CPU kernels in C, compiled once per machine: what torch does in ten passes over memory they do in one.
 
-`elementwise.c` holds norms and activations, `split_heads.c` norm and rotation of attention's heads, `router.c` top-k
-and gates, `streams.c` the residual streams of hyper-connections; `experts.c`, `attention.c` and `head.c` whole layers
-on the processor's unit for products of bf16 (AMX, or the dot products of AVX-512), through `tiles.h`. Each caller keeps
-its definition in plain torch, which runs wherever `available` or `matrices_available` says no: on other devices, in
-other types, and on machines without a C compiler. `docs/log.md` has the time of a training step before and after.
+`elementwise.c` holds norms and activations, `split_heads.c` norm and rotation of attention's heads, `router.c` and
+`top_k.c` the choice of experts, `streams.c` the residual streams of hyper-connections; `experts.c`, `attention.c`,
+`attention_backward.c` and `head.c` whole layers on the processor's unit for products of bf16 (AMX, or the dot products
+of AVX-512), through `tiles.h`. Each caller keeps its definition in plain torch, which runs wherever `available` or
+`matrices_available` says no: on other devices, in other types, and on machines without a C compiler. `docs/log.md` has
+the time of a training step before and after.
 
 Threads: independent parts of a kernel (experts, heads, blocks of rows) run on torch's own pool, as many at once as
 `torch.set_num_threads` says, through OpenMP, whose library the loader finds already there. Sums over parts are made in

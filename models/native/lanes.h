@@ -1,6 +1,6 @@
 /* The numbers that the loops of these kernels take at a time: `+ - * /` act on each lane.
  *
- * With AVX-512 there are sixteen lanes. Elsewhere there is one, and the compiler makes vectors of the loops where it can.
+ * With AVX-512 there are sixteen lanes. Elsewhere there is one, and the compiler makes vectors of loops where it can.
  * The two forms differ in the last bit, and where the first rounds to bf16 it takes numbers below 2^-126 for 0, as the
  * matrix unit does.
  */
@@ -12,6 +12,7 @@
 
 enum { LANES = 16 };
 typedef float Lanes __attribute__((vector_size(64)));
+typedef int32_t Integers __attribute__((vector_size(64)));
 
 static inline Lanes all(float value) { return (Lanes){0} + value; }
 
@@ -29,10 +30,19 @@ static inline Lanes load_bf16(const bf16 *from, long n, float rest) {
 }
 
 /* Writes the first n lanes. */
-static inline void store(float *to, long n, Lanes values) { _mm512_mask_storeu_ps(to, first_lanes(n), values); }
+static inline void store(float *to, long n, Lanes values) {
+    if (n >= LANES)
+        _mm512_storeu_ps(to, values);
+    else
+        _mm512_mask_storeu_ps(to, first_lanes(n), values);
+}
 
 static inline void store_bf16(bf16 *to, long n, Lanes values) {
-    _mm256_mask_storeu_epi16(to, first_lanes(n), (__m256i)_mm512_cvtneps_pbh(values));
+    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(values);
+    if (n >= LANES)
+        _mm256_storeu_si256((__m256i *)to, rounded);
+    else
+        _mm256_mask_storeu_epi16(to, first_lanes(n), rounded);
 }
 
 static inline float sum_of(Lanes values) { return _mm512_reduce_add_ps(values); }
@@ -62,18 +72,54 @@ static inline Lanes exponential_of(Lanes x) {
     return _mm512_maskz_scalef_ps(nonzero, p, n);
 }
 
+/* 2^x for |x| <= 126, and 2^-126 below: to 2e-7, for results that are rounded to bf16. With |r| <= 1/2 the polynomial
+ * of the least greatest error for 2^r is exact to 9.2e-8 before rounding. */
+static inline Lanes power_of_two(Lanes x) {
+    x = _mm512_max_ps(all(-126.0f), x); /* x where it is NaN */
+    const __m512 n = _mm512_roundscale_ps(x, 0);
+    const __m512 r = x - n;
+    Lanes p = all(0.00132647273f);
+    p = _mm512_fmadd_ps(p, r, all(0.00967151299f));
+    p = _mm512_fmadd_ps(p, r, all(0.0555073358f));
+    p = _mm512_fmadd_ps(p, r, all(0.240222424f));
+    p = _mm512_fmadd_ps(p, r, all(0.693147004f));
+    p = _mm512_fmadd_ps(p, r, all(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+/* The values whose bit is set, lane by lane from the lowest, and `rest` elsewhere. */
+static inline Lanes where(uint32_t bits, Lanes values, Lanes rest) {
+    return _mm512_mask_mov_ps(rest, (__mmask16)bits, values);
+}
+
+/* `values` where a > b or one of them is NaN, and `rest` elsewhere. */
+static inline Lanes where_above(Lanes a, Lanes b, Lanes values, Lanes rest) {
+    return _mm512_mask_mov_ps(rest, _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ), values);
+}
+
+/* Two rows of numbers as pairs of bf16, the first one in the lower half. Returns the sums of the rounded two. */
+static inline Lanes store_pairs(uint32_t *to, Lanes first, Lanes second) {
+    const __m512i rows = (__m512i)_mm512_cvtne2ps_pbh(second, first); /* one after the other */
+    const Integers lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const __m512i order = (__m512i)(lanes | (lanes + LANES) << 16);
+    const __m512i pairs = _mm512_permutexvar_epi16(order, rows), ones = _mm512_set1_epi16(0x3f80);
+    _mm512_storeu_si512(to, pairs);
+    return _mm512_dpbf16_ps(all(0.0f), (__m512bh)pairs, (__m512bh)ones);
+}
+
 /* 1 / x for 1 <= x < 2^127, by one step of Newton's method from 14 exact bits. */
 static inline Lanes reciprocal(Lanes x) {
     const Lanes guess = _mm512_rcp14_ps(x);
     return guess * (2.0f - x * guess);
 }
 
-/* ln x for positive x: x = 2^n m with 0.75 <= m < 1.5, and the series of 2 artanh z with z = (m - 1) / (m + 1), of which
- * |z| <= 0.2 leaves out less than 4e-9. */
+/* ln x for positive x: x = 2^n m with 0.75 <= m < 1.5, and the series of 2 artanh z with z = (m - 1) / (m + 1), of
+ * which |z| <= 0.2 leaves out less than 4e-9. */
 static inline Lanes logarithm_of(Lanes x) {
     const Lanes m = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
-    const Lanes n = _mm512_getexp_ps(x / m);
-    const Lanes z = (m - 1.0f) / (m + 1.0f), square = z * z;
+    const __m512 below = _mm512_getexp_ps(x); /* x = 2^below f with 1 <= f < 2, and m is half of f from 1.5 on */
+    const Lanes n = _mm512_mask_add_ps(below, _mm512_cmp_ps_mask(m, all(1.0f), _CMP_LT_OQ), below, all(1.0f));
+    const Lanes z = (m - 1.0f) * reciprocal(m + 1.0f), square = z * z;
     const Lanes series = 1.0f + square * (1.0f / 3 + square * (1.0f / 5 + square * (1.0f / 7 + square * (1.0f / 9))));
     return n * 0.693147180559945309f + 2.0f * z * series;
 }
@@ -94,6 +140,13 @@ static inline void store_bf16(bf16 *to, long n, Lanes value) {
 static inline float sum_of(Lanes value) { return value; }
 static inline float greatest_of(Lanes value) { return value; }
 static inline Lanes greater(Lanes a, Lanes b) { return a > b ? a : b; }
+static inline Lanes where(uint32_t bits, Lanes value, Lanes rest) { return bits & 1 ? value : rest; }
+static inline Lanes where_above(Lanes a, Lanes b, Lanes value, Lanes rest) { return a <= b ? rest : value; }
+static inline Lanes store_pairs(uint32_t *to, Lanes first, Lanes second) {
+    *to = narrow(first) | (uint32_t)narrow(second) << 16;
+    return widen(narrow(first)) + widen(narrow(second));
+}
+static inline Lanes power_of_two(Lanes x) { return exp2f(x < -126.0f ? -126.0f : x); }
 static inline Lanes reciprocal(Lanes x) { return 1.0f / x; }
 static inline Lanes logarithm_of(Lanes x) { return logf(x); }
 

@@ -94,27 +94,32 @@ static inline int tiles_allowed(void) { return 1; }
 
 enum { STEP = 8 }; /* rows: 16 of the 32 registers hold their sums, enough to hide the latency of a dot product */
 
-/* c (STEP, 32) = or += a (STEP, k) b (k, 32), all sums in registers; b and `next` as above. */
-INLINE void multiply_block(long k, const bf16 *a, long lda, const uint32_t *b, long next, float *c, long ldc,
-                                  int accumulate) {
-    __m512 left[STEP], right[STEP];
-    for (long row = 0; row < STEP; row++) {
-        left[row] = accumulate ? _mm512_loadu_ps(c + row * ldc) : _mm512_setzero_ps();
-        right[row] = accumulate ? _mm512_loadu_ps(c + row * ldc + 16) : _mm512_setzero_ps();
-    }
+/* sums (STEP, 32) += a (STEP, k) b (k, 32), all sums in registers; b and `next` as above. */
+INLINE void add_products(long k, const bf16 *a, long lda, const uint32_t *b, long next, Lanes sums[2 * STEP]) {
     for (long i = 0; i < k; i += 2, b += 16) {
         const __m512bh first = (__m512bh)_mm512_loadu_si512(b), second = (__m512bh)_mm512_loadu_si512(b + next);
         for (long row = 0; row < STEP; row++) {
             int32_t both;
             memcpy(&both, a + row * lda + i, sizeof both);
             const __m512bh values = (__m512bh)_mm512_set1_epi32(both);
-            left[row] = _mm512_dpbf16_ps(left[row], values, first);
-            right[row] = _mm512_dpbf16_ps(right[row], values, second);
+            sums[2 * row] = _mm512_dpbf16_ps(sums[2 * row], values, first);
+            sums[2 * row + 1] = _mm512_dpbf16_ps(sums[2 * row + 1], values, second);
         }
     }
+}
+
+/* c (STEP, 32) = or += a (STEP, k) b (k, 32). */
+INLINE void multiply_block(long k, const bf16 *a, long lda, const uint32_t *b, long next, float *c, long ldc,
+                           int accumulate) {
+    Lanes sums[2 * STEP];
     for (long row = 0; row < STEP; row++) {
-        _mm512_storeu_ps(c + row * ldc, left[row]);
-        _mm512_storeu_ps(c + row * ldc + 16, right[row]);
+        sums[2 * row] = accumulate ? _mm512_loadu_ps(c + row * ldc) : _mm512_setzero_ps();
+        sums[2 * row + 1] = accumulate ? _mm512_loadu_ps(c + row * ldc + 16) : _mm512_setzero_ps();
+    }
+    add_products(k, a, lda, b, next, sums);
+    for (long row = 0; row < STEP; row++) {
+        _mm512_storeu_ps(c + row * ldc, sums[2 * row]);
+        _mm512_storeu_ps(c + row * ldc + 16, sums[2 * row + 1]);
     }
 }
 
@@ -139,6 +144,19 @@ INLINE void multiply_block(long k, const bf16 *a, long lda, const uint32_t *b, l
         }
 }
 #endif
+
+/* sums (STEP, 32) = a (STEP, k) b (k, 32), for a caller that uses them at once: AVX-512 keeps them in registers. */
+INLINE void multiply_lanes(long k, const bf16 *a, long lda, Tiles b, Lanes sums[STEP * BLOCK / LANES]) {
+    const long next = b.row_tiles * TILE_PAIRS;
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+    Lanes registers[2 * STEP];
+    for (long i = 0; i < 2 * STEP; i++) registers[i] = all(0.0f);
+    add_products(k, a, lda, b.pairs, next, registers);
+    for (long i = 0; i < 2 * STEP; i++) sums[i] = registers[i];
+#else
+    multiply_block(k, a, lda, b.pairs, next, (float *)sums, BLOCK, 0);
+#endif
+}
 
 static inline long stepped(long size) { return (size + STEP - 1) / STEP * STEP; }
 
@@ -221,15 +239,6 @@ INLINE void turn(__m512i rows[16]) {
 }
 #endif
 
-/* Pairs of as many values of two rows as Lanes hold. */
-static inline void store_pairs(uint32_t *to, Lanes first, Lanes second) {
-#ifdef __AVX512BF16__
-    _mm512_storeu_si512(to, pairs_of_halves((__m256i)_mm512_cvtneps_pbh(first), (__m256i)_mm512_cvtneps_pbh(second)));
-#else
-    *to = pair(narrow(first), narrow(second));
-#endif
-}
-
 /* The right operand b = source (rows, columns), whose rows are `stride` values apart. */
 static inline Tiles tiles_of(long rows, long columns, const bf16 *source, long stride, uint32_t *restrict pairs) {
     for (long row = 0; row < rows; row += 2) {
@@ -305,12 +314,18 @@ static inline void narrow_matrix(long rows, long columns, const float *source, b
     memset(result + rows * width, 0, (height - rows) * width * sizeof(bf16));
 }
 
+/* BLOCK values at a time, each one instruction: memcpy takes longer to find out what to do than to do it. */
+static inline void copy_row(long columns, const bf16 *from, bf16 *restrict to) {
+    for (; columns >= BLOCK; columns -= BLOCK, from += BLOCK, to += BLOCK) memcpy(to, from, BLOCK * sizeof(bf16));
+    if (columns > 0) memcpy(to, from, columns * sizeof(bf16));
+}
+
 /* source (rows, columns), its rows `stride` apart -> result (padded rows, padded columns), zeros around it. */
 static inline void pad(long rows, long columns, const bf16 *source, long stride, bf16 *restrict result) {
     if (rows < padded(rows) || columns < padded(columns))
         memset(result, 0, padded(rows) * padded(columns) * sizeof(bf16));
     for (long row = 0; row < rows; row++)
-        memcpy(result + row * padded(columns), source + row * stride, columns * sizeof(bf16));
+        copy_row(columns, source + row * stride, result + row * padded(columns));
 }
 
 /* The first rows and columns of padded sums, whose rows are `stride` apart -> result (rows, columns). */
