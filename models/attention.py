@@ -25,17 +25,18 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         for name in ("num_heads", "num_kv_heads", "head_dim"):
             if getattr(self, name) < 1:
-                raise ValueError(f"attention.{name}={getattr(self, name)} must be at least 1; nearest: 1")
+                raise ValueError(f"model.attention.{name}={getattr(self, name)} must be at least 1; nearest: 1")
         if self.num_heads % self.num_kv_heads:
             divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
             nearest = min(divisors, key=lambda n: abs(n - self.num_kv_heads))
             raise ValueError(
-                f"attention.num_kv_heads={self.num_kv_heads} must divide attention.num_heads={self.num_heads}; "
+                f"model.attention.num_kv_heads={self.num_kv_heads} must divide "
+                f"model.attention.num_heads={self.num_heads}; "
                 f"nearest: {nearest}"
             )
         if self.head_dim % 2:
             raise ValueError(
-                f"attention.head_dim={self.head_dim} must be even, because rotary positions turn pairs of "
+                f"model.attention.head_dim={self.head_dim} must be even, because rotary positions turn pairs of "
                 f"coordinates; nearest: {self.head_dim + 1}"
             )
 

@@ -35,15 +35,16 @@ class EngramConfig(NgramRows):
     def __post_init__(self) -> None:
         if not self.layers or len(set(self.layers)) != len(self.layers) or min(self.layers) < 0:
             raise ValueError(
-                f"engram.layers={self.layers} must name at least one layer, each once, counted from 0; "
+                f"model.engram.layers={self.layers} must name at least one layer, each once, counted from 0; "
                 "for a model without memory set engram to null"
             )
         self.check_rows("engram")
         if self.kernel_size < 0:
-            raise ValueError(f"engram.kernel_size={self.kernel_size} must be at least 0; nearest: 0")
+            raise ValueError(f"model.engram.kernel_size={self.kernel_size} must be at least 0; nearest: 0")
         if self.kernel_size == 0 and self.norm_eps != EngramConfig.norm_eps:
             raise ValueError(
-                f"engram.norm_eps={self.norm_eps} has no effect with engram.kernel_size=0: it belongs to the norm "
+                f"model.engram.norm_eps={self.norm_eps} has no effect with model.engram.kernel_size=0: it belongs "
+                "to the norm "
                 f"before the convolution; nearest: {EngramConfig.norm_eps}"
             )
 

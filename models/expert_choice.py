@@ -85,7 +85,7 @@ def expert_kernel_seconds(
     if not seconds:
         reasons = "; ".join(f"{kernel.value}: {failure}" for kernel, failure in failures.items())
         raise ValueError(
-            f"moe.expert_kernel=auto found no kernel that runs one layer with {num_tokens} tokens on {device} "
+            f"model.moe.expert_kernel=auto found no kernel that runs one layer with {num_tokens} tokens on {device} "
             f"({reasons}); where memory was short, a smaller train.micro_batch_size may fit"
         )
     return Measured(seconds, failures)

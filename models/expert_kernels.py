@@ -56,11 +56,11 @@ def check_grouped_mm_widths(d_model: int, d_expert: int) -> None:
 
 
 def _check_widths(d_model: int, d_expert: int, multiple: int, kernel: str, other: str) -> None:
-    for name, width in (("model.d_model", d_model), ("moe.d_expert", d_expert)):
+    for name, width in (("model.d_model", d_model), ("model.moe.d_expert", d_expert)):
         if width % multiple:
             raise ValueError(
-                f"{name}={width} must be a multiple of {multiple} with moe.expert_kernel={kernel}; "
-                f"nearest: {max(multiple, round(width / multiple) * multiple)}, or use moe.expert_kernel={other}"
+                f"{name}={width} must be a multiple of {multiple} with model.moe.expert_kernel={kernel}; "
+                f"nearest: {max(multiple, round(width / multiple) * multiple)}, or use model.moe.expert_kernel={other}"
             )
 
 

@@ -35,16 +35,17 @@ class HyperConnectionsConfig:
     def __post_init__(self) -> None:
         if self.num_streams < 2:
             raise ValueError(
-                f"hyper_connections.num_streams={self.num_streams} must be at least 2; nearest: 2; for the plain "
+                f"model.hyper_connections.num_streams={self.num_streams} must be at least 2; nearest: 2; for the plain "
                 "residual, one stream, set model.hyper_connections to null"
             )
         if self.sinkhorn_iterations < 1:
             raise ValueError(
-                f"hyper_connections.sinkhorn_iterations={self.sinkhorn_iterations} must be at least 1; nearest: 1"
+                f"model.hyper_connections.sinkhorn_iterations={self.sinkhorn_iterations} must be at least 1; nearest: 1"
             )
         if not (0 < self.gate_init < math.inf and 0 < self.norm_eps < math.inf):
             raise ValueError(
-                f"hyper_connections.gate_init={self.gate_init} and hyper_connections.norm_eps={self.norm_eps} must be "
+                f"model.hyper_connections.gate_init={self.gate_init} and "
+                f"model.hyper_connections.norm_eps={self.norm_eps} must be "
                 "positive and finite; usual: 0.01 and 1e-20"
             )
 

@@ -28,10 +28,10 @@ class MLAConfig:
         for name in ("num_heads", "kv_rank", "query_rank", "nope_head_dim", "rope_head_dim", "value_head_dim"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"mla.{name}={value} must be at least 1; nearest: 1")
+                raise ValueError(f"model.mla.{name}={value} must be at least 1; nearest: 1")
         if self.rope_head_dim % 2:
             raise ValueError(
-                f"mla.rope_head_dim={self.rope_head_dim} must be even, because rotary positions turn pairs of "
+                f"model.mla.rope_head_dim={self.rope_head_dim} must be even, because rotary positions turn pairs of "
                 f"coordinates; nearest: {self.rope_head_dim + 1}"
             )
 

@@ -52,13 +52,13 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         if self.d_expert < 1:
-            raise ValueError(f"moe.d_expert={self.d_expert} must be at least 1; nearest: 1")
+            raise ValueError(f"model.moe.d_expert={self.d_expert} must be at least 1; nearest: 1")
         self.router.check_num_experts(self.num_experts)
         if self.num_shared_experts < 0:
-            raise ValueError(f"moe.num_shared_experts={self.num_shared_experts} must not be negative; nearest: 0")
+            raise ValueError(f"model.moe.num_shared_experts={self.num_shared_experts} must not be negative; nearest: 0")
         if self.shared_widths is not None and any(width < 0 for width in self.shared_widths):
             raise ValueError(
-                f"moe.shared_widths={self.shared_widths} must hold no negative width; use 0 for no shared expert"
+                f"model.moe.shared_widths={self.shared_widths} must hold no negative width; use 0 for no shared expert"
             )
 
     def shared_width(self, moe_layer: int) -> int:

@@ -29,27 +29,30 @@ class YarnConfig:
     def __post_init__(self) -> None:
         if not 1 < self.scale < math.inf:
             raise ValueError(
-                f"rotary.yarn.scale={self.scale} must be more than 1, or nothing is stretched, and finite; "
-                "leave rotary.yarn null"
+                f"model.rotary.yarn.scale={self.scale} must be more than 1, or nothing is stretched, and finite; "
+                "leave model.rotary.yarn null"
             )
         if not 0 < self.alpha < self.beta < math.inf:
             raise ValueError(
-                f"rotary.yarn.alpha={self.alpha} must lie between 0 and rotary.yarn.beta={self.beta}; usual: 1 and 32"
+                f"model.rotary.yarn.alpha={self.alpha} must lie between 0 and model.rotary.yarn.beta={self.beta}; "
+                "usual: 1 and 32"
             )
         shortest = math.floor(2 * math.pi * self.alpha) + 1  # the fastest pair turns once in 2 pi positions
         if self.original_seq_len < shortest:
             raise ValueError(
-                f"rotary.yarn.original_seq_len={self.original_seq_len} is too short: in it even the fastest pair turns "
-                f"fewer than rotary.yarn.alpha={self.alpha} times; nearest: {shortest}"
+                f"model.rotary.yarn.original_seq_len={self.original_seq_len} is too short: in it even the fastest "
+                "pair turns "
+                f"fewer than model.rotary.yarn.alpha={self.alpha} times; nearest: {shortest}"
             )
         if not (0 < self.mscale < math.inf and 0 <= self.mscale_all_dim < math.inf):
             raise ValueError(
-                f"rotary.yarn.mscale={self.mscale} must be positive and rotary.yarn.mscale_all_dim="
+                f"model.rotary.yarn.mscale={self.mscale} must be positive and model.rotary.yarn.mscale_all_dim="
                 f"{self.mscale_all_dim} not negative, both finite; usual: 1.0 and 0.0"
             )
         if self.mscale != 1 and self.mscale_all_dim == 0:
             raise ValueError(
-                f"rotary.yarn.mscale={self.mscale} means nothing certain while rotary.yarn.mscale_all_dim=0.0: "
+                f"model.rotary.yarn.mscale={self.mscale} means nothing certain while "
+                "model.rotary.yarn.mscale_all_dim=0.0: "
                 f"DeepSeek's code takes it, transformers does not; set mscale_all_dim={self.mscale} too, or mscale=1.0"
             )
 
@@ -67,10 +70,11 @@ class RotaryConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.theta < math.inf:
-            raise ValueError(f"rotary.theta={self.theta} must be positive and finite; usual: 10000.0")
+            raise ValueError(f"model.rotary.theta={self.theta} must be positive and finite; usual: 10000.0")
         if self.yarn is not None and self.theta <= 1:
             raise ValueError(
-                f"rotary.theta={self.theta} must be more than 1 with rotary.yarn, which takes its logarithm; "
+                f"model.rotary.theta={self.theta} must be more than 1 with model.rotary.yarn, which takes its "
+                "logarithm; "
                 "usual: 10000.0"
             )
 

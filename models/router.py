@@ -62,40 +62,47 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
-            raise ValueError(f"router.top_k={self.top_k} must be at least 1; nearest: 1")
+            raise ValueError(f"model.moe.router.top_k={self.top_k} must be at least 1; nearest: 1")
         for name in ("sequence_balance_coef", "bias_update_rate", "balance_coef"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"router.{name}={getattr(self, name)} must not be negative, and finite; nearest: 0.0")
+                value = getattr(self, name)
+                raise ValueError(f"model.moe.router.{name}={value} must not be negative, and finite; nearest: 0.0")
         if not 0 < self.route_scale < math.inf:
-            raise ValueError(f"router.route_scale={self.route_scale} must be positive and finite; usual: 1.0")
+            raise ValueError(f"model.moe.router.route_scale={self.route_scale} must be positive and finite; usual: 1.0")
         if not MIN_CAPACITY_FACTOR <= self.capacity_factor < math.inf:
             raise ValueError(
-                f"router.capacity_factor={self.capacity_factor} must be at least {MIN_CAPACITY_FACTOR} and finite: "
-                "below it even a perfectly balanced router drops most choices; "
+                f"model.moe.router.capacity_factor={self.capacity_factor} must be at least {MIN_CAPACITY_FACTOR} "
+                "and finite: below it even a perfectly balanced router drops most choices; "
                 f"nearest: {MIN_CAPACITY_FACTOR}, usual: 1.25"
             )
+        self._check_groups()
+        mistakes = self._at_odds_with_kind()
+        if mistakes:  # all of them: another kind often needs several settings changed
+            raise ValueError("; ".join(mistakes))
+
+    def _at_odds_with_kind(self) -> list[str]:
+        """What cannot be, or has no effect, with this kind of router."""
+        kind, mistakes = f"model.moe.router.kind={self.kind.value}", []
         top_k = _FIXED_TOP_K.get(self.kind, self.top_k)
         if self.top_k != top_k:
-            raise ValueError(
-                f"router.top_k={self.top_k} must be {top_k} with router.kind={self.kind.value}; nearest: {top_k}"
-            )
-        self._check_groups()
+            mistakes.append(f"model.moe.router.top_k={self.top_k} must be {top_k} with {kind}; nearest: {top_k}")
         for setting in fields(self):
-            readers = _READ_BY.get(setting.name)
-            value = getattr(self, setting.name)
+            readers, value = _READ_BY.get(setting.name), getattr(self, setting.name)
             if readers is not None and self.kind not in readers and value != setting.default:
-                raise ValueError(
-                    f"router.{setting.name}={value} has no effect with router.kind={self.kind.value}; "
-                    f"nearest: its default {setting.default}"
+                mistakes.append(
+                    f"model.moe.router.{setting.name}={value} has no effect with {kind}; nearest: its default "
+                    f"{setting.default}"
                 )
+        return mistakes
 
     def _check_groups(self) -> None:
         if self.num_groups < 1:
-            raise ValueError(f"router.num_groups={self.num_groups} must be at least 1; nearest: 1")
+            raise ValueError(f"model.moe.router.num_groups={self.num_groups} must be at least 1; nearest: 1")
         most = max(1, self.num_groups - 1)
         if not 1 <= self.top_groups <= most:
             raise ValueError(
-                f"router.top_groups={self.top_groups} must be between 1 and {most} with router.num_groups="
+                f"model.moe.router.top_groups={self.top_groups} must be between 1 and {most} with "
+                "model.moe.router.num_groups="
                 f"{self.num_groups}, or it limits nothing; nearest: {min(max(self.top_groups, 1), most)}"
             )
 
@@ -103,7 +110,8 @@ class RouterConfig:
         """Raises ValueError where E experts cannot be routed as this configuration says."""
         if num_experts < self.top_k:
             raise ValueError(
-                f"moe.num_experts={num_experts} must be at least moe.router.top_k={self.top_k}; nearest: {self.top_k}"
+                f"model.moe.num_experts={num_experts} must be at least model.moe.router.top_k={self.top_k}; "
+                f"nearest: {self.top_k}"
             )
         if self.num_groups == 1:
             return
@@ -112,9 +120,10 @@ class RouterConfig:
         nearest = max(smallest, round(num_experts / self.num_groups) * self.num_groups)
         if num_experts != nearest:
             raise ValueError(
-                f"moe.num_experts={num_experts} must be a multiple of moe.router.num_groups={self.num_groups}, at "
+                f"model.moe.num_experts={num_experts} must be a multiple of "
+                f"model.moe.router.num_groups={self.num_groups}, at "
                 f"least {smallest}: groups of two or more, of which {self.top_groups} hold "
-                f"moe.router.top_k={self.top_k}; nearest: {nearest}"
+                f"model.moe.router.top_k={self.top_k}; nearest: {nearest}"
             )
 
     @property

@@ -84,7 +84,7 @@ def test_attention_equals_a_loop_over_positions_and_heads(cfg, theta):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_kv_heads": 3}, r"num_kv_heads=3 must divide attention.num_heads=4; nearest: 2"),
+        ({"num_kv_heads": 3}, r"num_kv_heads=3 must divide model.attention.num_heads=4; nearest: 2"),
         ({"head_dim": 5}, r"head_dim=5 must be even.*nearest: 6"),
         ({"num_heads": 0}, r"num_heads=0 must be at least 1"),
     ],

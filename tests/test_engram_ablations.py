@@ -126,7 +126,7 @@ def test_parts_that_are_left_out_have_no_parameters():
 
 
 def test_a_norm_without_convolution_is_refused():
-    with pytest.raises(ValueError, match=r"engram.norm_eps=1e-06 has no effect with engram.kernel_size=0.*1e-05"):
+    with pytest.raises(ValueError, match=r"norm_eps=1e-06 has no effect with model.engram.kernel_size=0.*1e-05"):
         EngramConfig(kernel_size=0, norm_eps=1e-6)
     assert replace(EngramConfig(norm_eps=1e-6), kernel_size=1).norm_eps == 1e-6
     with pytest.raises(ValueError, match=r"kernel_size=-1 must be at least 0; nearest: 0"):

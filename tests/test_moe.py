@@ -227,7 +227,7 @@ def test_a_foreign_dispatcher_may_stand_in():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_experts": 3}, r"num_experts=3 must be at least moe.router.top_k=4; nearest: 4"),
+        ({"num_experts": 3}, r"num_experts=3 must be at least model.moe.router.top_k=4; nearest: 4"),
         ({"d_expert": 0}, r"d_expert=0 must be at least 1"),
         ({"num_shared_experts": -1}, r"num_shared_experts=-1 must not be negative"),
         ({"shared_widths": [8, -8]}, r"must hold no negative width"),

@@ -149,8 +149,8 @@ def test_scores_depend_on_the_distance_only():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"scale": 1.0}, r"scale=1.0 must be more than 1.*leave rotary.yarn null"),
-        ({"alpha": 32.0}, r"alpha=32.0 must lie between 0 and rotary.yarn.beta=32.0"),
+        ({"scale": 1.0}, r"scale=1.0 must be more than 1.*leave model.rotary.yarn null"),
+        ({"alpha": 32.0}, r"alpha=32.0 must lie between 0 and model.rotary.yarn.beta=32.0"),
         ({"alpha": 0.0}, r"alpha=0.0 must lie between 0"),
         ({"original_seq_len": 6}, r"original_seq_len=6 is too short.*nearest: 7"),
         ({"mscale": 0.0}, r"mscale=0.0 must be positive"),
@@ -170,5 +170,5 @@ def test_bad_theta_is_refused():
             RotaryConfig(float(wrong))
         with pytest.raises(ValueError, match=rf"rotary.yarn.scale={wrong} must be more than 1"):
             YarnConfig(float(wrong), 64)
-    with pytest.raises(ValueError, match=r"rotary.theta=1.0 must be more than 1 with rotary.yarn"):
+    with pytest.raises(ValueError, match=r"rotary.theta=1.0 must be more than 1 with model.rotary.yarn"):
         RotaryConfig(1.0, YarnConfig(2.0, 64))
