@@ -42,6 +42,9 @@ sweep-long: $(STAMP) ## about 2 hours: four seeds, every control, learning rates
 ladder: $(STAMP) ## dense, Hash, Switch, GShard, DeepSeekMoE, Engram, OverEncoding and controls at equal FLOPs: half an hour
 	@$(BIN)/python -m sweeps.ladder run $(ARGS)
 
+ladder-plan: $(STAMP) ## print every trial of the ladder without training (ARGS="--file my_ladder.yaml")
+	@$(BIN)/python -m sweeps.ladder plan $(ARGS)
+
 smoke: $(STAMP) ## the whole path in about 2 minutes; claims nothing
 	@$(BIN)/python -m sweeps.run sweep=smoke data=tiny action=run $(ARGS)
 
@@ -98,5 +101,5 @@ test-slow: $(STAMP) ## the slower tests
 clean: ## remove caches (not data/, not runs/)
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache build *.egg-info; find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup sweep test sweep-plan sweep-long ladder smoke report prepare train import continue generate params bench bench-gpu \
+.PHONY: help setup sweep test sweep-plan sweep-long ladder ladder-plan smoke report prepare train import continue generate params bench bench-gpu \
 	calibrate check format test-slow clean

@@ -24,8 +24,9 @@ from sweeps.collect import collect, val_losses
 from sweeps.estimate import Machine, Pace, make_trial, process_bytes, training_tokens
 from sweeps.forms import contrast
 from sweeps.ladder_settings import SHIPPED, Ladder, configs
+from sweeps.live import duration
 from sweeps.noise import Interval, estimate_noise, two_way
-from sweeps.plan import keep_machine_choices
+from sweeps.plan import keep_machine_choices, planned_seconds
 from sweeps.processes import FolderBusyError
 from sweeps.run import EXIT_FAILED_TRIALS, EXIT_SETTINGS, EXIT_STOPPED, make_console
 from sweeps.runner import Command, pretrain_command, run_trials
@@ -212,13 +213,16 @@ def plan_folder(ladder: Ladder, rungs: dict[str, Config], prepared: PreparedData
 
 
 def _show(plan: Plan, console: Console) -> None:
-    table = Table("rung", "parameters", "residual", "memory", "experts", "FLOPs residual", "tokens", title=plan.name)
+    table = Table(
+        "rung", "parameters", "residual", "memory", "experts", "FLOPs residual", "tokens", "time", title=plan.name
+    )
     for trial in (t for t in plan.trials if t.seed == plan.trials[0].seed):
         cells: list[Any] = [trial.name, trial.total_params, f"{trial.params_residual:+.2%}", trial.memory_params]
-        cells += [trial.num_experts, f"{trial.flops_residual:+.2%}", trial.tokens]
+        cells += [trial.num_experts, f"{trial.flops_residual:+.2%}", trial.tokens, duration(trial.estimated_seconds)]
         table.add_row(*(f"{cell:,}" if isinstance(cell, int) else cell for cell in cells))
     console.print(table)
-    console.print(f"{len(plan.trials)} trials, {plan.jobs} at once", highlight=False)
+    total = duration(planned_seconds(plan))
+    console.print(f"{len(plan.trials)} trials, {plan.jobs} at once, about {total}", highlight=False)
 
 
 def main(arguments: list[str]) -> int:

@@ -20,6 +20,21 @@ _OF_A_RUN = {
 }
 
 
+class _NoKeyTwice(yaml.SafeLoader):
+    """Of two equal keys YAML keeps the last and says nothing: a rung would be gone."""
+
+
+def _mapping(loader: _NoKeyTwice, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [str(loader.construct_object(key)) for key, _ in node.value]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise yaml.YAMLError(f"{', '.join(twice)} stands twice; give every rung and setting a name of its own")
+    return loader.construct_mapping(node, deep=True)
+
+
+_NoKeyTwice.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
 @dataclass(frozen=True)
 class Ladder:
     """What conf/ladder/*.yaml says."""
@@ -40,9 +55,9 @@ class Ladder:
         if not path.is_file():
             raise ValueError(f"--file={path}: there is no such file; shipped: {SHIPPED}")
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoKeyTwice)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict) or set(content) != _KEYS:
             raise ValueError(f"{path} must hold exactly {', '.join(sorted(_KEYS))}")
         try:
@@ -83,5 +98,8 @@ def configs(ladder: Ladder, settings: list[str]) -> dict[str, Config]:
     for rung, own in ladder.rungs.items():
         words = [*ladder.settings, *own, *settings]
         refuse_decided(words, "a ladder", _OF_A_RUN)
-        found[rung] = compose(Config, "train_schema", "train", words)
+        try:
+            found[rung] = compose(Config, "train_schema", "train", words)
+        except ValueError as error:
+            raise ValueError(f"rungs.{rung} with its settings and those of all: {error}") from error
     return found

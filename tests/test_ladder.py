@@ -254,7 +254,23 @@ def test_a_broken_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     path.write_bytes(content)
     assert main(["plan", "--file", str(path)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert f"{path} is no YAML" in line
+    assert f"{path} cannot be read" in line
+
+
+def test_a_rung_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ladder.yaml"
+    path.write_text(yaml.safe_dump(SMALL) + "rungs:\n  a: [model=tiny]\n")
+    with pytest.raises(ValueError, match=r"ladder.yaml cannot be read: rungs stands twice"):
+        Ladder.read(path)
+    path.write_text("name: x\nrungs:\n  a: [model=tiny]\n  b: []\n  a: []\n")
+    with pytest.raises(ValueError, match=r"ladder.yaml cannot be read: a stands twice; give every rung"):
+        Ladder.read(path)
+
+
+def test_a_wrong_value_names_its_rung() -> None:
+    ladder = small(rungs={**SMALL["rungs"], "b": ["model=tiny", "model.attention.num_heads=3"]})
+    with pytest.raises(ValueError, match=r"rungs.b .*model.attention.num_kv_heads=2 must divide"):
+        configs(ladder, [])
 
 
 @pytest.mark.parametrize("word", ["seed=5", "+seed=5", "run_dir=foo"])
