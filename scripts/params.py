@@ -205,6 +205,20 @@ def comparison(names: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+# What the messages of train/footprint.py name, and the option that sets it.
+_OPTIONS = {
+    "world_size=": "--world-size ", "zero_stage=": "--zero ", "expert_parallel_size=": "--expert-parallel ",
+    "table_shards=": "--table-shards ", "micro_batch_size=": "--micro-batch ",
+}  # fmt: skip
+
+
+def _with_options(message: str) -> str:
+    """A message that names options instead of arguments."""
+    for name, option in _OPTIONS.items():
+        message = message.replace(name, option)
+    return message
+
+
 def main(arguments: list[str]) -> int:
     """Print the tables; the exit code."""
     parser = argparse.ArgumentParser(
@@ -239,7 +253,7 @@ def main(arguments: list[str]) -> int:
             console.print(f"\n{title}", highlight=False, soft_wrap=True)
             console.print(table)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_with_options(str(error))}", file=sys.stderr)
         return 2
     return 0
 

@@ -86,13 +86,13 @@ def test_muon_keeps_one_moment_of_matrices():
     ("arguments", "message"),
     [
         (["nope"], "'model/nope'; there are: base_2e20"),
-        (["tiny", "--zero", "4"], "zero_stage=4 must be 0, 1, 2 or 3; nearest: 3"),
+        (["tiny", "--zero", "4"], "--zero 4 must be 0, 1, 2 or 3; nearest: 3"),
         (
             ["tiny", "--world-size", "6", "--expert-parallel", "4"],
-            "expert_parallel_size=4 must divide .*=6; nearest: 3",
+            "--expert-parallel 4 must divide --world-size 6; nearest: 3",
         ),
         (["tiny", "model.d_model=none"], "model.d_model=none"),
-        (["tiny", "--micro-batch", "0"], "micro_batch_size=0 must be at least 1; nearest: 1"),
+        (["tiny", "--micro-batch", "0"], "--micro-batch 0 must be at least 1; nearest: 1"),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, message, capsys):
