@@ -58,12 +58,14 @@ class NgramRows:
         """
         for name, least in (("max_ngram_size", 2), ("num_hash_heads", 1), ("table_size", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"{part}.{name}={getattr(self, name)} must be at least {least}; nearest: {least}")
+                raise ValueError(
+                    f"model.{part}.{name}={getattr(self, name)} must be at least {least}; nearest: {least}"
+                )
         rows = self.num_rows_per_token
         if self.d_memory < 1 or self.d_memory % rows:
             nearest = max(rows, round(self.d_memory / rows) * rows)
             raise ValueError(
-                f"{part}.d_memory={self.d_memory} must be a positive multiple of (max_ngram_size - 1) * num_hash_heads "
+                f"model.{part}.d_memory={self.d_memory} must be a positive multiple of (max_ngram_size - 1) * num_hash_heads "
                 f"= {rows}; nearest: {nearest}"
             )
 

@@ -116,3 +116,19 @@ def test_settings_may_follow_options(capsys):
     assert capsys.readouterr().out == printed and "ZeRO 1" in printed
     assert main(["tiny", "--zero", "1"]) == 0
     assert capsys.readouterr().out != printed
+
+
+def documented_parts() -> dict[str, list[str]]:
+    """{part: words} of the table in docs/models.md."""
+    text = (ROOT / "docs" / "models.md").read_text()
+    rows = [
+        line.split("|")[1:3] for line in text.partition("## Switching parts")[2].splitlines() if line.count("|") == 3
+    ]
+    return {part.strip(): re.findall("`([^`]+)`", words) for part, words in rows[2:]}
+
+
+@pytest.mark.parametrize(("part", "words"), documented_parts().items(), ids=documented_parts())
+def test_documented_parts_can_be_switched(part: str, words: list[str]) -> None:
+    plain = model_config("tiny", [])
+    assert model_config("tiny", words) != plain
+    assert main(["tiny", *words]) == 0
