@@ -65,8 +65,8 @@ class NgramRows:
         if self.d_memory < 1 or self.d_memory % rows:
             nearest = max(rows, round(self.d_memory / rows) * rows)
             raise ValueError(
-                f"model.{part}.d_memory={self.d_memory} must be a positive multiple of (max_ngram_size - 1) * num_hash_heads "
-                f"= {rows}; nearest: {nearest}"
+                f"model.{part}.d_memory={self.d_memory} must be a positive multiple of "
+                f"(max_ngram_size - 1) * num_hash_heads = {rows}; nearest: {nearest}"
             )
 
     @property
