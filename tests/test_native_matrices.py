@@ -4,6 +4,7 @@ import ctypes
 import math
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -443,6 +444,6 @@ def test_activation_checkpointing_changes_nothing():
 
 
 def test_no_memory_is_an_error_of_its_own(monkeypatch):
-    monkeypatch.setattr(native, "library", lambda: {"head": lambda *_: 1})
+    monkeypatch.setattr(native, "library", lambda: SimpleNamespace(head=ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 1)))
     with pytest.raises(MemoryError, match="micro-batches"):
         native.call("head")

@@ -93,17 +93,23 @@ def call(name: str, *arguments: Argument) -> None:
     """
     loaded = library()
     assert loaded is not None, "call native.available first"
-    if loaded[name](*(_as_c(argument) for argument in arguments)) != 0:
+    kernel = getattr(loaded, name)  # which ctypes keeps, with what is declared here
+    if kernel.argtypes is None:
+        kernel.argtypes = [_kind(argument) for argument in arguments]
+    if kernel(*[_address(argument) if isinstance(argument, Tensor) else argument for argument in arguments]) != 0:
         raise MemoryError(f"no memory left for the native kernel {name}; use smaller micro-batches")
 
 
-def _as_c(argument: Argument) -> ctypes._SimpleCData:
-    if isinstance(argument, Tensor):
-        assert argument.is_contiguous(), "native kernels take contiguous tensors"
-        return ctypes.c_void_p(argument.data_ptr())
-    if argument is None:
-        return ctypes.c_void_p(None)
-    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_long(argument)
+def _kind(argument: Argument) -> type[ctypes._SimpleCData]:
+    """What a kernel takes in this place: a pointer, which may be null, or a number of one type."""
+    if argument is None or isinstance(argument, Tensor):
+        return ctypes.c_void_p
+    return ctypes.c_float if isinstance(argument, float) else ctypes.c_long
+
+
+def _address(tensor: Tensor) -> int:
+    assert tensor.is_contiguous(), "native kernels take contiguous tensors"
+    return tensor.data_ptr()
 
 
 @lru_cache(maxsize=1)
