@@ -224,14 +224,18 @@ class _NativeRouting(torch.autograd.Function):
         ctx.save_for_backward(x, weight, scores, sums, ids, pull)
         counts, entropy = counts.sum(0), (entropy.sum() / num_tokens).float()
         ctx.mark_non_differentiable(ids, counts, entropy)
+        ctx.set_materialize_grads(False)
         return weights, (pull * share).sum(), ids, counts, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, scores, sums, ids, pull = ctx.saved_tensors
+        grad_weights, grad_loss = grads[:2]  # of what goes unused: None
+        grad_weights = x.new_zeros(ids.shape) if grad_weights is None else grad_weights.contiguous()
+        grad_pull = torch.zeros_like(pull) if grad_loss is None else pull * grad_loss
         grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-        inputs = (x, weight, scores, sums, ids, grads[0].contiguous(), pull * grads[1])
+        inputs = (x, weight, scores, sums, ids, grad_weights, grad_pull)
         native.call("router_backward", *ctx.sizes, *inputs, grad_x, grad_weight, x.new_empty(len(x), *weight.shape))
         return grad_x, grad_weight, None, None
 
@@ -305,4 +309,5 @@ class Router(nn.Module):
         if self.num_experts == self.cfg.top_k:
             return
         load = counts.to(device=self.expert_bias.device, dtype=torch.float64)
-        self.expert_bias += self.cfg.bias_update_rate * (load.mean() - load).sign().to(self.expert_bias.dtype)
+        direction = (load.mean() - load).sign().to(self.expert_bias.dtype)
+        self.expert_bias.add_(direction, alpha=self.cfg.bias_update_rate)
