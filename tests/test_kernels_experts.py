@@ -273,8 +273,8 @@ def test_on_a_cpu_the_loop_runs_and_triton_is_not_imported():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((24, 32), r"model.d_model=24 must be a multiple of 16 with moe.expert_kernel=triton.*nearest: 32.*loop"),
-        ((32, 40), r"moe.d_expert=40 must be a multiple of 16 with moe.expert_kernel=triton.*nearest: 32"),
+        ((24, 32), r"model.d_model=24 must be a multiple of 16 with model.moe.expert_kernel=triton.*nearest: 32.*loop"),
+        ((32, 40), r"model.moe.d_expert=40 must be a multiple of 16 with model.moe.expert_kernel=triton.*nearest: 32"),
     ],
 )
 def test_widths_that_blocks_do_not_cover_are_refused(sizes, message):
