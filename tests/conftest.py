@@ -1,4 +1,4 @@
-"""Shared set-up: one thread and fixed seeds, so that every test is repeatable to the bit."""
+"""Shared set-up: one thread, plain torch and fixed seeds, so that every test is repeatable to the bit."""
 
 import os
 import random
@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+from models import native
+
 
 @pytest.fixture(autouse=True)
-def one_thread_and_fixed_seeds() -> None:
+def one_thread_plain_torch_and_fixed_seeds() -> None:
     torch.set_num_threads(1)
+    native.use(native.Level.off)  # an engine of an earlier test may have chosen kernels for the process
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
