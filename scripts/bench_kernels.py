@@ -296,11 +296,12 @@ def _named(rows: list[dict[str, Any]], ratio: str) -> str:
 def report(rows: list[dict[str, Any]], threads: int) -> str:
     """The committed table."""
     fewest, most = min(row["rounds"] for row in rows), max(row["rounds"] for row in rows)
+    rounds = f"{fewest} to {most}" if fewest < most else str(most)
     lines = [
         "# Fallbacks of the GPU kernels on a CPU",
         "",
         f"{machine(threads)}; forward and backward of one call, bf16 under autocast with weights in fp32; median of "
-        f"{fewest} to {most} interleaved rounds. `faster` is the naive form's time over this one's in the same round. "
+        f"{rounds} interleaved rounds. `faster` is the naive form's time over this one's in the same round. "
         "`peak` is the most memory of tensors made by one call, results included. `off by` is the largest relative "
         "error of an output or a gradient against the naive form in fp32. The naive gate is its equations one after "
         "the other, the naive head holds all logits in fp32, the naive experts are the loop of Hugging Face's eager "
