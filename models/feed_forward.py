@@ -60,7 +60,7 @@ class _SiluMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        return swiglu_hidden(gate_up.flatten(0, -2)).view(*gate_up.shape[:-1], -1)
+        return swiglu_hidden(gate_up.flatten(0, -2)).view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
     @staticmethod
     @once_differentiable

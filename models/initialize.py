@@ -30,8 +30,8 @@ def initialize(model: nn.Module, seed: int, init_std: float | None = None, only:
 
     Every parameter has its own generator, keyed by (seed, parameter name), and every routed expert its own, keyed by
     (seed, parameter name, expert): two models with different numbers of experts, layers or tables share all values
-    where names and shapes agree. Output projections are not scaled down by depth, as in DeepSeek-V3 (4.2: one
-    standard deviation for all parameters).
+    where names and shapes agree, and a process that holds some of the experts gives them the same values. Output
+    projections are not scaled down by depth, as in DeepSeek-V3 (4.2: one standard deviation for all parameters).
 
     Args:
         model: a `Transformer` or a part of one.
@@ -47,7 +47,7 @@ def initialize(model: nn.Module, seed: int, init_std: float | None = None, only:
     if init_std is None and model.cfg.embedding_init_std is not None:  # type: ignore[union-attr]
         embedding_std = float(model.cfg.embedding_init_std)  # type: ignore[union-attr, arg-type]
     expert_stacks = {
-        f"{name}.{key}" if name else key
+        f"{name}.{key}" if name else key: module.first
         for name, module in model.named_modules()
         if isinstance(module, Experts)
         for key in ("gate_up", "down")
@@ -59,7 +59,7 @@ def initialize(model: nn.Module, seed: int, init_std: float | None = None, only:
         prefix, _, last = name.rpartition(".")
         owner = name.rsplit(".", 2)[-2] if "." in name else ""
         if name in expert_stacks:
-            for expert, weights in enumerate(parameter):
+            for expert, weights in enumerate(parameter, start=expert_stacks[name]):
                 _fill_normal(weights, std, seed, f"{name}.{expert}")
         elif prefix in connections:
             connection = connections[prefix]

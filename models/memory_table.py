@@ -133,6 +133,8 @@ class LocalTable:
         device: where the table lies, and where its start values are drawn: a GPU draws others than a CPU, unlike in
             `models.initialize`. One core draws 7e7 numbers a second, which is 15 minutes for 1e9 rows of 64.
         layer: layer the table belongs to; with `seed` and the kind of device it fixes the start values.
+        rows: the rows of the whole table that lie here, with the values they have there; by default all. Row ids then
+            count from the first of them.
     """
 
     def __init__(
@@ -144,11 +146,15 @@ class LocalTable:
         optim: MemoryOptimConfig | None = None,
         device: torch.device | str | None = None,
         layer: int = 0,
+        rows: range | None = None,
     ):
         self.optim = optim if optim is not None else MemoryOptimConfig()
         shape = (num_rows, row_dim)
         generator = torch.Generator(device=device or "cpu").manual_seed(seed_from_name(seed, f"memory.{layer}"))
         self.weight = torch.empty(shape, device=device).normal_(0, init_std, generator=generator)
+        if rows is not None:
+            num_rows = len(rows)
+            self.weight = self.weight[rows.start : rows.stop].clone()
         trained_shape = (0 if self.optim.frozen else num_rows, row_dim)
         self.exp_avg = torch.zeros(trained_shape, device=device)
         self.exp_avg_sq = torch.zeros(trained_shape, device=device)

@@ -82,10 +82,16 @@ class Dispatched(NamedTuple):
     token_of_row: Tensor  # (rows,) int64, the token in each row
     order: Tensor | None  # (E,) int64, experts as the rows are laid out; None without padding
     buckets: list[Bucket]  # empty without padding
+    route: Any = None  # what a dispatcher across processes needs to bring outputs back
 
 
 class Dispatcher(Protocol):
-    """Brings tokens to their experts and the experts' weighted outputs back."""
+    """Brings tokens to their experts and the experts' weighted outputs back.
+
+    In a `Dispatched` of a dispatcher across processes, E are the experts that lie here.
+    """
+
+    local_experts: range  # the experts that lie here, of all in the layer
 
     def dispatch(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Dispatched:
         """Groups x (T, D) by the experts in expert_ids (T, K) int64; weights (T, K) are the gate values."""
@@ -129,6 +135,18 @@ class _Combine(torch.autograd.Function):
         return grads[0].index_select(0, token_of_row), None, None
 
 
+def gather_rows(x: Tensor, weights: Tensor, slots: Tensor, token_of_row: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies tokens into rows: x (T, D), weights and slots (T, K), token_of_row (rows,) -> (rows, D), (rows,)."""
+    tokens, row_weights = _Gather.apply(x, weights, slots, token_of_row)
+    return tokens, row_weights
+
+
+def combine_rows(rows: Tensor, slots: Tensor, token_of_row: Tensor) -> Tensor:
+    """The sum of each token's K rows: rows (rows, D), slots (T, K), token_of_row (rows,) -> (T, D)."""
+    combined: Tensor = _Combine.apply(rows, slots, token_of_row)
+    return combined
+
+
 # Rows of a padded group come in multiples of this.
 ROW_MULTIPLE = 32
 # Most experts in one bucket: larger ones cost padding, smaller ones calls.
@@ -167,6 +185,7 @@ class LocalDispatcher:
 
     def __init__(self, num_experts: int, padded: bool):
         self.num_experts = num_experts
+        self.local_experts = range(num_experts)
         self.padded = padded
 
     def dispatch(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Dispatched:
@@ -194,19 +213,28 @@ class LocalDispatcher:
         slots = torch.empty_like(row)
         slots[pair_of_row] = row
         slots = slots.view(num_tokens, top_k)
-        tokens, row_weights = _Gather.apply(x, weights, slots, token_of_row)
+        tokens, row_weights = gather_rows(x, weights, slots, token_of_row)
         return Dispatched(tokens, counts, row_weights[:, None], slots, token_of_row, order, buckets)
 
     def combine(self, outputs: Tensor, dispatched: Dispatched) -> Tensor:
         """Sums the K rows of every token."""
-        return _Combine.apply(outputs, dispatched.slots, dispatched.token_of_row)
+        return combine_rows(outputs, dispatched.slots, dispatched.token_of_row)
 
 
 class Experts(nn.Module):
-    """E SwiGLU experts with stacked weights, applied to tokens grouped by expert."""
+    """E SwiGLU experts with stacked weights, applied to tokens grouped by expert.
 
-    def __init__(self, num_experts: int, d_model: int, d_expert: int, kernel: ExpertKernel):
+    Args:
+        num_experts: E, the experts that lie here.
+        d_model: D.
+        d_expert: F.
+        kernel: how they are multiplied.
+        first: number of the first of them among all experts of the layer.
+    """
+
+    def __init__(self, num_experts: int, d_model: int, d_expert: int, kernel: ExpertKernel, first: int = 0):
         super().__init__()
+        self.first = first
         if kernel is ExpertKernel.grouped_mm:
             check_grouped_mm_widths(d_model, d_expert)
         if kernel is ExpertKernel.triton:
@@ -226,6 +254,11 @@ class Experts(nn.Module):
         if self.kernel is ExpertKernel.grouped_mm:
             return swiglu_grouped_mm(tokens, weights, counts, gate_up, down)
         return swiglu_loop(tokens, weights, counts, gate_up, down)
+
+
+def is_padded(cfg: MoEConfig) -> bool:
+    """Whether the experts' kernel wants its tokens in buckets; see `make_buckets`."""
+    return cfg.expert_kernel in (ExpertKernel.auto, ExpertKernel.padded)
 
 
 class MoEStats(NamedTuple):
@@ -263,10 +296,10 @@ class MoE(nn.Module):
     ):
         super().__init__()
         self.router: AnyRouter = make_router(cfg.router, d_model, cfg.num_experts, vocab_size, layer)
-        self.experts = Experts(cfg.num_experts, d_model, cfg.d_expert, cfg.expert_kernel)
+        self.dispatcher = dispatcher if dispatcher is not None else LocalDispatcher(cfg.num_experts, is_padded(cfg))
+        local = self.dispatcher.local_experts
+        self.experts = Experts(len(local), d_model, cfg.d_expert, cfg.expert_kernel, local.start)
         self.shared_expert = SwiGLU(d_model, shared_width) if shared_width else None
-        padded = cfg.expert_kernel in (ExpertKernel.auto, ExpertKernel.padded)
-        self.dispatcher = dispatcher if dispatcher is not None else LocalDispatcher(cfg.num_experts, padded)
 
     def forward(
         self, x: Tensor, token_ids: Tensor | None = None, rounded: Tensor | None = None

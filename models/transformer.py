@@ -16,7 +16,7 @@ from models.feed_forward import SwiGLU
 from models.hyper_connections import HyperConnection, HyperConnectionsConfig, enter, leave, read, write
 from models.loss import linear_cross_entropy
 from models.mla import LatentAttention, MLAConfig
-from models.moe import MoE, MoEConfig, MoEStats
+from models.moe import Dispatcher, MoE, MoEConfig, MoEStats
 from models.norm import RMSNorm, add_rms_norm
 from models.over_encoding import OverEncoding, OverEncodingConfig
 from models.precision import compute_dtype
@@ -157,8 +157,7 @@ class Stats:
     gate_histogram: dict[int, Tensor] = field(default_factory=dict)  # -> (10,) gates per tenth of [0, 1]
 
 
-@dataclass
-class Output:
+class Output(NamedTuple):
     """Result of one forward pass: logits, or with targets the loss over them, for which logits need never be whole."""
 
     logits: Tensor | None  # (B, S, V), in the type of the last matmul; None with targets
@@ -195,7 +194,7 @@ class Block(nn.Module):
     with u = engram(c): then the order is that of one stream, and a model of equal streams is the plain one.
     """
 
-    def __init__(self, cfg: TransformerConfig, layer: int):
+    def __init__(self, cfg: TransformerConfig, layer: int, dispatcher: Dispatcher | None = None):
         super().__init__()
         self.engram: Engram | None = None
         if cfg.engram is not None and layer in cfg.engram.layers:
@@ -214,7 +213,7 @@ class Block(nn.Module):
         self.feed_forward: SwiGLU | None = None
         if cfg.moe is not None and moe_index is not None:
             width = cfg.moe.shared_width(moe_index)
-            self.moe = MoE(cfg.moe, cfg.d_model, width, vocab_size=cfg.vocab_size, layer=layer)
+            self.moe = MoE(cfg.moe, cfg.d_model, width, dispatcher, vocab_size=cfg.vocab_size, layer=layer)
         else:
             self.feed_forward = SwiGLU(cfg.d_model, cfg.d_ff)
 
@@ -251,14 +250,19 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids -> logits. Memory rows come from outside; the model owns no table."""
+    """Token ids -> logits. Memory rows come from outside; the model owns no table.
 
-    def __init__(self, cfg: TransformerConfig):
+    Args:
+        cfg: the whole model.
+        dispatcher: how tokens reach the experts of every layer, and which experts lie here; by default all of them.
+    """
+
+    def __init__(self, cfg: TransformerConfig, dispatcher: Dispatcher | None = None):
         super().__init__()
         self.cfg = cfg
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.over_encoding = OverEncoding(cfg.over_encoding, cfg.d_model) if cfg.over_encoding is not None else None
-        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
+        self.blocks = nn.ModuleList(Block(cfg, layer, dispatcher) for layer in range(cfg.num_layers))
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.head = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
 

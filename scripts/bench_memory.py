@@ -23,7 +23,7 @@ from scripts.bench_common import arguments, load, machine, page, paired_ratio, w
 from scripts.bench_train import BATCH, SEQ, VOCAB, Step, batches, measure, our_step, tiny
 from train.allocator import keep_freed_memory
 from train.build import build_model
-from train.engine import EngineConfig, Precision, resolve_native
+from train.execution import EngineConfig, Precision, resolve_native
 
 OURS = "outside the model, lazy Adam on the rows drawn"
 

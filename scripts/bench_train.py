@@ -30,7 +30,8 @@ from scripts.bench_common import arguments, load, machine, paired_ratio, seconds
 from train.allocator import keep_freed_memory
 from train.build import Memory, build_model
 from train.data import Batch, DataConfig, TrainBatches
-from train.engine import Engine, EngineConfig, Precision
+from train.engine import Engine
+from train.execution import EngineConfig, Precision
 from train.optim import OptimConfig
 from train.prepare import open_prepared
 from train.shards import DataError

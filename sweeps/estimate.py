@@ -14,7 +14,7 @@ from sweeps.allocation import Arm
 from sweeps.processes import cpu_cores
 from sweeps.trial import Trial, TrialKind, trial_id
 from train.config import Config, to_plain
-from train.engine import Precision
+from train.execution import Precision
 
 # Sustained training FLOP/s of one CPU thread and of one GPU, for the first estimate of a sweep only: finished trials
 # of the same sweep replace it. CPU: conf/model/tiny.yaml (1.21e6 FLOPs forward, 3.6e6 trained) at 1.5e4 tokens/s in

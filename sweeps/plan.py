@@ -21,7 +21,7 @@ from sweeps.settings import KeepCheckpoints, SweepConfig
 from sweeps.trial import PAPER_TOKENS_PER_PARAM, Plan, Trial, TrialKind
 from train.config import Config, resolve, to_plain, validate
 from train.data import check_fits
-from train.engine import NativeKernels, Precision
+from train.execution import NativeKernels, Precision
 from train.identity import identity_settings
 from train.kernel_choice import expert_kernel_of
 from train.shards import PreparedData

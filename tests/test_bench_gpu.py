@@ -28,7 +28,8 @@ from scripts.gpu_training import TrainingStep, fastest_micro_batch, utilization,
 from scripts.params import model_config
 from tests.interpreted import interpreted_kernels
 from tests.tiny import relative_error, tiny_config
-from train.engine import Engine, EngineConfig, NativeKernels, Precision
+from train.engine import Engine
+from train.execution import EngineConfig, NativeKernels, Precision
 from train.optim import OptimConfig
 
 ROOT = Path(__file__).resolve().parent.parent

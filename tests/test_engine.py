@@ -15,14 +15,8 @@ from models.moe import MoEConfig
 from models.ngram_hash import NgramHasher, num_rows
 from models.router import RouterConfig
 from models.transformer import Transformer, TransformerConfig
-from train.engine import (
-    DEEPSPEED_SETTINGS,
-    Engine,
-    EngineConfig,
-    NativeKernels,
-    Precision,
-    resolve_native,
-)
+from train.engine import Engine
+from train.execution import DEEPSPEED_SETTINGS, EngineConfig, NativeKernels, Precision, resolve_native
 from train.finite import NonFiniteLossError
 from train.optim import OptimConfig, OptimizerKind
 

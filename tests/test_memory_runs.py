@@ -16,7 +16,7 @@ from tests.tiny_run import final_tensors, make, run, without_clock
 from train import loop
 from train.build import build_model
 from train.config import Config
-from train.engine import EngineConfig, Precision
+from train.execution import EngineConfig, Precision
 from train.files import read_records
 from train.generate import load as load_run
 from train.generate import main as generate_main

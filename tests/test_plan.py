@@ -25,7 +25,7 @@ from sweeps.run import compose_sweep, make_plan
 from sweeps.settings import KeepCheckpoints, SweepConfig
 from sweeps.trial import CONTROL_KINDS, Plan, Trial, TrialKind, read_plan, trial_id, write_plan
 from train.config import Config, config_hash, load_config, to_plain, to_yaml
-from train.engine import Precision
+from train.execution import Precision
 from train.identity import differing_settings
 from train.shards import PreparedData
 

@@ -17,7 +17,7 @@ from train import evaluate, loop, pretrain
 from train.config import load_config
 from train.data import DataConfig, DataSource
 from train.dedup import DedupConfig
-from train.engine import EngineConfig, Precision
+from train.execution import EngineConfig, Precision
 from train.files import read_records
 from train.finite import NonFiniteLossError
 from train.generate import main as generate_main

@@ -12,7 +12,7 @@ from models.hyper_connections import HyperConnectionsConfig
 from models.initialize import initialize
 from models.memory_table import LocalTable
 from models.mla import MLAConfig
-from models.moe import ExpertKernel, MoEConfig
+from models.moe import Dispatcher, ExpertKernel, MoEConfig
 from models.ngram_hash import NgramHasher, num_rows
 from models.router import RouterConfig, RouterKind
 from models.transformer import Transformer, TransformerConfig
@@ -56,9 +56,9 @@ def tiny_config(kind: str = "moe_engram", **changes: Any) -> TransformerConfig:
     return replace(cfg, **changes)
 
 
-def tiny_model(cfg: TransformerConfig, seed: int = 0) -> Transformer:
+def tiny_model(cfg: TransformerConfig, seed: int = 0, dispatcher: Dispatcher | None = None) -> Transformer:
     """Initialised model; what starts at zero is moved off it, so that it matters: taps, routers' biases, mappings."""
-    model = Transformer(cfg)
+    model = Transformer(cfg, dispatcher)
     initialize(model, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():

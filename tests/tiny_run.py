@@ -14,7 +14,7 @@ from models.router import RouterConfig
 from models.transformer import TransformerConfig
 from train.config import Config, config_hash, to_yaml, validate
 from train.data import DataConfig
-from train.engine import EngineConfig, Precision
+from train.execution import EngineConfig, Precision
 from train.loop import TrainConfig, train
 from train.metrics import LogConfig
 from train.optim import OptimConfig

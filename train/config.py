@@ -15,7 +15,7 @@ from models.memory_table import MemoryOptimConfig
 from models.transformer import TransformerConfig
 from train.compose import compose
 from train.data import DataConfig
-from train.engine import EngineConfig, Precision, resolve_native, resolve_precision
+from train.execution import EngineConfig, Precision, resolve_native, resolve_precision
 from train.identity import identity_hash, to_plain
 from train.kernel_choice import resolve_expert_kernel
 from train.loop import TrainConfig

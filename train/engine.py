@@ -2,19 +2,22 @@
 
 This is the only file that imports deepspeed. How the pieces fit (see docs/decisions.md):
 
-* DeepSpeed runs with `managed_gradient_accumulation: false`: `backward` only accumulates into `parameter.grad`, and
-  `step` is the boundary. Between the two every gradient is there, raw: that is the one point where the global norm
-  over parameters *and* tables is taken and both are scaled. It lies before ZeRO partitions gradients and before Muon
-  orthogonalises them. DeepSpeed's own `gradient_clipping` stays 0: with Muon at ZeRO stage >= 1 it would rescale
+* DeepSpeed runs with `managed_gradient_accumulation: false`: `backward` accumulates, and `step` is the boundary.
+  Between the two every gradient is there, reduced over ranks but otherwise raw: that is the one point where the global
+  norm over parameters *and* tables is taken and both are scaled (train/zero.py says who holds what). It lies before
+  Muon orthogonalises. DeepSpeed's own `gradient_clipping` stays 0: with Muon at ZeRO stage >= 1 it would rescale
   already orthogonalised gradients, and the model would not learn.
+* ZeRO 0 and 1 reduce once per step, with DeepSpeed's all-reduce, called here because the clipping needs the result;
+  ZeRO 2 and 3 reduce in every backward.
+* Experts of other ranks are not replicas. DeepSpeed reduces them over the expert-data group alone once it is told that
+  the model has experts, which it otherwise believes only of its own classes.
 * Parameters are fp32 (the master weights); `bf16` means autocast inside the model's forward.
 """
 
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,107 +25,13 @@ from torch import Tensor, nn
 
 from models import native
 from models.memory_table import MemoryTable
-from models.transformer import Output, Transformer
+from models.transformer import Block, Output, Transformer
+from train.execution import EngineConfig, Precision, resolve_native, resolve_precision
 from train.finite import check_finite
 from train.optim import OptimConfig, OptimizerKind, ParameterGroup, parameter_groups
 from train.optimizer_state import check_names, moments, refresh_masters
-
-
-class Precision(str, Enum):
-    """Arithmetic of the forward and backward matmuls; weights, gradients and optimizer state are always fp32."""
-
-    auto = "auto"  # bf16 with a GPU or a processor that multiplies bf16, else fp32; resolved when a run is planned
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class NativeKernels(str, Enum):
-    """The C kernels of `models.native` that a CPU run uses: a `native.Level`, or `auto`."""
-
-    auto = "auto"  # for bf16 in one thread the most that works here, else off; resolved when a run is planned
-    off = "off"
-    elementwise = "elementwise"
-    matrices = "matrices"
-
-
-# DeepSpeed settings that only report; tests/test_engine.py shows that steps are the same to the bit with them.
-DEEPSPEED_SETTINGS = ("dump_state", "memory_breakdown", "steps_per_print")
-
-# What to use instead of the settings that are generated here.
-_OURS = {
-    "gradient_clipping": "use optim.grad_clip, since DeepSpeed's clipping does not see the memory tables, and with "
-    "Muon at ZeRO stage >= 1 it rescales orthogonalised gradients and the model does not learn",
-    "optimizer": "use the optim group",
-    "scheduler": "use the schedule group",
-    "zero_optimization": "use engine.zero_stage",
-    "bf16": "use engine.precision",
-    "fp16": "use engine.precision=bf16, fp16 is not supported",
-    "torch_autocast": "use engine.precision",
-    "managed_gradient_accumulation": "it must stay false, clipping happens between backward and step",
-    "gradient_accumulation_steps": "use train.global_batch_tokens and train.micro_batch_size",
-    "train_batch_size": "use train.global_batch_tokens",
-    "train_micro_batch_size_per_gpu": "use train.micro_batch_size",
-    "wall_clock_breakdown": "DeepSpeed's timers fail where accumulation is not its, perf/* of the metrics has times",
-}
-
-
-@dataclass
-class EngineConfig:
-    """How the model is executed. All of it is part of a run's identity, since it changes numerics."""
-
-    zero_stage: int = 0  # 0: nothing partitioned; 1: optimizer state partitioned over ranks
-    precision: Precision = Precision.auto
-    num_threads: int = 0  # CPU threads of this process; 0: its share of the cores; resolved when a run is planned
-    native_kernels: NativeKernels = NativeKernels.auto
-    deepspeed: dict[str, Any] = field(default_factory=dict)  # extra DeepSpeed settings, of DEEPSPEED_SETTINGS
-
-    def __post_init__(self) -> None:
-        if self.zero_stage not in (0, 1):
-            raise ValueError(f"engine.zero_stage={self.zero_stage} is not supported; use 0 or 1")
-        if self.num_threads < 0:
-            raise ValueError(f"engine.num_threads={self.num_threads} must be >= 0; 0 chooses for you")
-        for key, value in self.deepspeed.items():
-            if key not in DEEPSPEED_SETTINGS:
-                why = _OURS.get(key, "it is not known to leave training as it is")
-                raise ValueError(
-                    f"engine.deepspeed.{key}={value!r} is refused: {why}; accepted: {', '.join(DEEPSPEED_SETTINGS)}"
-                )
-
-
-def resolve_precision(precision: Precision) -> Precision:
-    """`auto` -> bf16 on a GPU or on a CPU that multiplies bf16 (AMX, or dot products of AVX-512), else fp32."""
-    if precision is not Precision.auto:
-        return precision
-    cpu_multiplies_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    if torch.cuda.is_available() or cpu_multiplies_bf16:
-        return Precision.bf16
-    return Precision.fp32
-
-
-def resolve_native(cfg: EngineConfig) -> NativeKernels:
-    """`auto` -> the most that can be used: bf16 on a CPU, with a compiler, with a matrix unit.
-
-    Raises:
-        ValueError: kernels are asked for where none of them could run.
-    """
-    asked = cfg.native_kernels not in (NativeKernels.auto, NativeKernels.off)
-    if asked and torch.cuda.is_available():
-        raise ValueError(
-            f"engine.native_kernels={cfg.native_kernels.value} works on a CPU only, and this machine has a GPU; use "
-            "engine.native_kernels=off"
-        )
-    threads_served = cfg.num_threads == 1 or native.several_threads()
-    if asked and native.library() is not None and not threads_served:
-        raise ValueError(
-            f"engine.native_kernels={cfg.native_kernels.value} serves one thread here, since the C compiler lacks "
-            f"OpenMP, not engine.num_threads={cfg.num_threads}; use one thread, or install OpenMP's library"
-        )
-    if cfg.native_kernels is not NativeKernels.auto:
-        return cfg.native_kernels
-    on_cpu_in_bf16 = cfg.precision is Precision.bf16 and not torch.cuda.is_available()
-    if not on_cpu_in_bf16 or native.library() is None or not threads_served:
-        return NativeKernels.off
-    return NativeKernels.matrices if native.matrix_unit() else NativeKernels.elementwise
+from train.ranks import Ranks, join
+from train.zero import OwnedRange, owned_gradients, scale_gradients
 
 
 @dataclass
@@ -161,6 +70,7 @@ class Engine:
         optim: rule of the dense parameters, and the global clipping norm.
         cfg: ZeRO stage, precision, extra DeepSpeed settings; `precision` must be resolved.
         micro_batch_size: sequences of one forward.
+        ranks: the processes of the run; they must have joined.
 
     Raises:
         ValueError: for a combination that is known not to train, or is not tested.
@@ -174,55 +84,74 @@ class Engine:
         cfg: EngineConfig,
         micro_batch_size: int,
         device: torch.device,
+        ranks: Ranks | None = None,
     ) -> None:
-        _refuse_many_ranks()
         native.use(native.Level(resolve_native(cfg).value))
         self.model = model
         self.tables = tables
         self.device = device
+        self.ranks = ranks if ranks is not None else join(device.type)
         self.optim = optim
         self.cfg = cfg
         self.parameters = list(model.named_parameters())  # once: finding them takes longer than using them
-        self.groups = parameter_groups(model, optim)
-        self.ds_config = deepspeed_config(cfg, micro_batch_size)
+        self.groups = parameter_groups(model, optim, self._expert_group)
+        self.ds_config = deepspeed_config(cfg, optim.kind, micro_batch_size)
         self._engine = self._initialize(_AutocastModel(model, device, resolve_precision(cfg.precision)))
+
+    @property
+    def _expert_group(self) -> str | None:
+        """DeepSpeed's name of the groups that reduce experts, where ranks hold different ones."""
+        return f"ep_size_{self.ranks.expert_parallel}" if self.ranks.expert_parallel > 1 else None
 
     def _initialize(self, wrapped: nn.Module) -> Any:
         deepspeed = _import_deepspeed()
-        engine, *_ = deepspeed.initialize(
-            model=wrapped,
-            optimizer=_make_optimizer(self.groups, self.optim),
-            config=self.ds_config,
-            dist_init_required=False,
-        )
+        optimizer = _make_optimizer(self.groups, self.optim)
+        if self.cfg.zero_stage == 3:
+            # A block is fetched and released whole: its parts read one another's parameters.
+            deepspeed.utils.set_z3_leaf_modules(wrapped, [Block])
+        if self._expert_group is None:
+            engine, *_ = deepspeed.initialize(
+                model=wrapped, optimizer=optimizer, config=self.ds_config, dist_init_required=False
+            )
+        else:
+            engine = _expert_parallel_engine(wrapped, optimizer, self.ds_config, self._expert_group, self.ranks)
         if self.cfg.zero_stage == 0:
-            # One rank has nobody to reduce with, but DeepSpeed would still copy all gradients into a flat buffer and
-            # back, 10 ms of a 300 ms step. (ZeRO needs the reduction: there it fills the partition.)
-            engine.enable_backward_allreduce = False
+            engine.enable_backward_allreduce = False  # `_reduce` does it, before the clipping
+        elif self.cfg.zero_stage == 1:
+            # The same, but here DeepSpeed's own reduction also fills the partitions, so only its communication goes.
+            engine.optimizer.average_tensor = lambda tensor, dtype: None
         return engine
 
     def forward(
         self, token_ids: Tensor, document_ids: Tensor, memory_rows: Mapping[int, Tensor], targets: Tensor
     ) -> Output:
         """Run the model on (B, S) token ids, document ids, targets, {layer: (B, S, R, M)} rows; `Output` has nats."""
-        output: Output = self._engine(token_ids, document_ids, memory_rows, targets)
+        output: Output = self._engine(token_ids, document_ids, dict(memory_rows), targets)  # ZeRO 3 writes into the dict
         return output
 
     def backward(self, loss: Tensor, row_ids: Mapping[int, Tensor], memory_rows: Mapping[int, Tensor]) -> None:
-        """Add the gradient of `loss` (already scaled by 1 / accumulation) to parameters and tables."""
+        """Add the gradient of `loss` to parameters and tables.
+
+        The mean over ranks and the sum over micro-batches of `loss` is the loss of the global batch.
+        """
         self._engine.backward(loss, scale_wrt_gas=False)
         for layer, table in self.tables.items():
             if not memory_rows[layer].requires_grad:  # a frozen table's
                 continue
             gradient = memory_rows[layer].grad
             assert gradient is not None, f"no gradient reached the memory rows of layer {layer}"
+            if self.ranks.world_size > 1:
+                gradient = gradient / self.ranks.world_size  # tables add up what ranks send
             table.accumulate(row_ids[layer], gradient)
 
-    def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, accumulated gradient) of every parameter that has one; valid between `backward` and `step`."""
-        for name, parameter in self.parameters:
-            if parameter.grad is not None:
-                yield name, parameter.grad
+    def gradients(self) -> Iterator[OwnedRange]:
+        """The ranges of the mean gradient that this rank answers for; valid between `reduce` and `step`."""
+        return owned_gradients(self._engine.optimizer, self.parameters, self.cfg.zero_stage, self.ranks)
+
+    def reduce(self) -> None:
+        """Average the accumulated gradients over ranks, where backward has not done so; once, before `step`."""
+        if self.cfg.zero_stage < 2 and self.ranks.world_size > 1:
+            self._engine.buffered_allreduce_fallback()
 
     def step(self, lr_scale: float) -> StepReport:
         """Clip by one global norm over parameters and tables, then update both and clear the gradients.
@@ -232,14 +161,16 @@ class Engine:
         Raises:
             NonFiniteLossError: the norm is not a number; parameters, tables and moments are as they were.
         """
-        gradients = [gradient for _, gradient in self.gradients()]
-        dense_sq = float(torch.stack(torch._foreach_norm(gradients)).double().square().sum())
+        owned = [gradient.values for gradient in self.gradients()]
+        dense_sq = torch.stack(torch._foreach_norm(owned)).double().square().sum() if owned else 0.0
         table_sq = sum(float(table.grad_sq_norm()) for table in self.tables.values())
+        squares = self.ranks.sum(torch.tensor([float(dense_sq), table_sq], dtype=torch.float64, device=self.device))
+        dense_sq, table_sq = squares.tolist()
         norm = (dense_sq + table_sq) ** 0.5
         check_finite("gradient norm", norm)
         factor = min(1.0, self.optim.grad_clip / (norm + 1e-6)) if self.optim.grad_clip > 0 else 1.0
         if factor < 1.0:
-            torch._foreach_mul_(gradients, factor)
+            scale_gradients(self._engine.optimizer, self.parameters, self.cfg.zero_stage, factor)
         self._set_lr(lr_scale)
         with _eager_muon(self.optim.kind):
             self._engine.step()
@@ -286,14 +217,17 @@ class Engine:
         return moments(self._engine.optimizer, parameter, group.use_muon, self.cfg.zero_stage)
 
 
-def deepspeed_config(cfg: EngineConfig, micro_batch_size: int) -> dict[str, Any]:
+def deepspeed_config(cfg: EngineConfig, kind: OptimizerKind, micro_batch_size: int) -> dict[str, Any]:
     """The whole DeepSpeed configuration, generated; written to the run folder as `ds_config.json`."""
+    zero: dict[str, Any] = {"stage": cfg.zero_stage, "overlap_comm": False}
+    if cfg.zero_stage == 3 and kind is OptimizerKind.muon:
+        zero["reduce_scatter"] = False  # Muon needs whole matrices; DeepSpeed refuses it otherwise
     generated = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,  # unmanaged: the caller of backward decides when to step
         "managed_gradient_accumulation": False,
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": cfg.zero_stage, "overlap_comm": False},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,  # never: metrics are ours
     }
@@ -301,32 +235,45 @@ def deepspeed_config(cfg: EngineConfig, micro_batch_size: int) -> dict[str, Any]
 
 
 def _import_deepspeed() -> Any:
-    """Import DeepSpeed and join a process group.
+    """Import DeepSpeed and let it use the process group of the run.
 
     Imported here and not at the top because it takes seconds, and plans and reports need only `EngineConfig`.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
 
-    # One process shares memory with nobody: without this DeepSpeed compiles a C++ shared-memory extension on first use.
+    # Without this DeepSpeed compiles a C++ extension for all-reduce in shared memory on first use.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.logger.setLevel("WARNING")
-    if not torch.distributed.is_initialized():
-        os.environ.setdefault("RANK", "0")
-        os.environ.setdefault("LOCAL_RANK", "0")
-        os.environ.setdefault("WORLD_SIZE", "1")
-        # A private in-process store: trials that run side by side must not meet on one TCP port.
-        torch.distributed.init_process_group(
-            "nccl" if torch.cuda.is_available() else "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-        )
-        deepspeed.init_distributed(dist_init_required=False, verbose=False)
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
     return deepspeed
 
 
-def _refuse_many_ranks() -> None:
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1:
-        raise ValueError(f"WORLD_SIZE={world_size} is not supported: a run is one process; start it without a launcher")
+def _expert_parallel_engine(
+    wrapped: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], group: str, ranks: Ranks
+) -> Any:
+    """DeepSpeed's engine, told that the model has experts; it looks for layers of its own classes otherwise.
+
+    With that it reduces, partitions and broadcasts parameters that carry `group` over the expert-data group, and
+    divides by the world size, as ours need it.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.utils import groups
+
+    class ExpertParallelEngine(DeepSpeedEngine):
+        has_moe_layers = property(lambda self: True, lambda self, value: None)
+
+    groups._EXPERT_PARALLEL_GROUP[group] = ranks.expert_group
+    groups._EXPERT_DATA_PARALLEL_GROUP[group] = ranks.expert_data_group
+    return ExpertParallelEngine(
+        args=None,
+        model=wrapped,
+        optimizer=optimizer,
+        config=config,
+        config_class=DeepSpeedConfig(config),
+        dist_init_required=False,
+    )
 
 
 def _make_optimizer(groups: list[ParameterGroup], optim: OptimConfig) -> torch.optim.Optimizer:
@@ -338,6 +285,7 @@ def _make_optimizer(groups: list[ParameterGroup], optim: OptimConfig) -> torch.o
     adamw: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
     records: list[dict[str, Any]] = [
         {"params": [p for _, p in group.parameters], "weight_decay": group.weight_decay, "name": group.name}
+        | ({"moe": True} if group.experts else {})
         for group in groups
     ]
     if optim.kind is OptimizerKind.adamw:

@@ -36,6 +36,7 @@ _LATER: dict[tuple[str, ...], dict[str, Any]] = {
     ("model", "engram"): {"multi_branch": True, "compress": True, "gate": True, "shuffled": False},
     ("sweep", "engram"): {"multi_branch": True, "compress": True, "gate": True, "shuffled": False},
     ("memory",): {"frozen": False},
+    ("engine",): {"expert_parallel": 1},
 }
 
 

@@ -64,7 +64,7 @@ class Stopped(Exception):
     """The run was asked to stop (SIGTERM or SIGINT), saved a checkpoint, and can be started again."""
 
 
-def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
+def train(config: "Config", folder: RunFolder, identity: str, ranks: Ranks) -> dict[str, Any]:
     """Train one model as `config` says, inside `folder`; resume from its newest checkpoint if there is one.
 
     `config.init_from` counts only before there is one: it gives the weights of step 0, the optimizer begins anew.
@@ -83,7 +83,7 @@ def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
     folder.status("starting", folder.step, max_steps)
     torch.set_num_threads(config.engine.num_threads)
     torch.manual_seed(config.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
     resuming = checkpoint.newest(folder.checkpoints) is not None
     start = Path(config.init_from) if config.init_from is not None and not resuming else None
@@ -94,9 +94,9 @@ def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
         check_tokenizer(start, config, prepared)
     check_fits(prepared, config.model.vocab_size, config.model.seq_len)
     batches = TrainBatches(prepared, config.model.seq_len, cfg.global_batch_tokens // config.model.seq_len, config.seed)
-    memory = build_memory(config, prepared, device)
-    engine = build_engine(config, memory, device, start)
-    write_record(folder.path / "ds_config.json", engine.ds_config)
+    memory = build_memory(config, prepared, device, ranks)
+    engine = build_engine(config, memory, device, ranks, start)
+    folder.record("ds_config.json", engine.ds_config)
     average = WeightAverage(engine.model, memory.tables, cfg.ema_decay, max_steps) if cfg.ema_decay else None
     first_step, state = resume(folder, prepared, engine, memory, average)
     folder.step = first_step
@@ -106,21 +106,21 @@ def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
     settings = to_plain(config) | {"identity": identity}
 
     with (
-        Recorder(folder.metrics, config.log, identity[:12], settings, first_step) as recorder,
-        Progress(config.log.progress, folder.path.name, first_step, max_steps) as progress,
+        Recorder(folder.metrics, config.log, identity[:12], settings, first_step, ranks.is_main) as recorder,
+        Progress(config.log.progress and ranks.is_main, folder.path.name, first_step, max_steps) as progress,
     ):
         for step in range(first_step, max_steps):
-            micro_batches, num_targets = _micro_batches(batches.batch(step), cfg.micro_batch_size, device)
-            nats = 0.0
+            micro_batches, num_targets = _micro_batches(batches.batch(step), cfg.micro_batch_size, device, ranks)
+            nats = torch.zeros((), dtype=torch.float64)
             expert_counts: torch.Tensor | None = None
             for micro_batch in micro_batches:
                 row_ids = memory.row_ids(micro_batch)
                 rows = memory.lookup(row_ids)
                 output = engine.forward(micro_batch.token_ids, micro_batch.document_ids, rows, micro_batch.targets)
                 assert output.nats is not None  # targets were given
-                loss = output.nats / num_targets + sum(output.aux_losses.values()) / len(micro_batches)
-                check_finite("loss", loss.detach().item())
-                nats += output.nats.detach().item()
+                aux_loss = sum(output.aux_losses.values()) / len(micro_batches)
+                loss = output.nats * (ranks.world_size / num_targets) + aux_loss  # of ranks the mean is taken
+                check_finite("loss", ...)
                 engine.backward(loss, row_ids, rows)
                 if output.stats.expert_counts is not None:
                     counts = output.stats.expert_counts

@@ -73,10 +73,15 @@ class Recorder:
     """Appends records to `metrics.jsonl` and forwards their scalars to the dashboards that are switched on.
 
     On resume the file is cut back to the checkpoint's step, and a validation that stands in it already is not written
-    again, so that no record stands in it twice.
+    again, so that no record stands in it twice. Only rank 0's writes anything; the others' ignore what they are given.
     """
 
-    def __init__(self, path: Path, cfg: LogConfig, run_id: str, config: dict[str, Any], resume_step: int) -> None:
+    def __init__(
+        self, path: Path, cfg: LogConfig, run_id: str, config: dict[str, Any], resume_step: int, writes: bool = True
+    ) -> None:
+        self._writes = writes
+        if not writes:
+            return
         self._validated = {record["step"] for record in _cut_back(path, resume_step) if "val/loss" in record}
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (lives as long as the recorder)
         self._tensorboard = _open_tensorboard(path.parent, resume_step) if cfg.tensorboard else None
@@ -84,7 +89,7 @@ class Recorder:
 
     def record(self, step: int, values: dict[str, Any]) -> None:
         """Write one record; `step` counts applied optimizer steps. Values are numbers or lists of numbers."""
-        if "val/loss" in values and step in self._validated:
+        if not self._writes or ("val/loss" in values and step in self._validated):
             return
         self._file.write(json.dumps({"schema_version": SCHEMA_VERSION, "step": step, **values}) + "\n")
         self._file.flush()
@@ -103,11 +108,15 @@ class Recorder:
 
     def sync(self) -> None:
         """Bring all records to disk."""
+        if not self._writes:
+            return
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Bring everything to disk and end the dashboards."""
+        if not self._writes:
+            return
         self.sync()
         self._file.close()
         if self._tensorboard is not None:

@@ -6,6 +6,8 @@ from enum import Enum
 
 from torch import nn
 
+from train.zero import mark_expert
+
 
 class OptimizerKind(str, Enum):
     """AdamW for everything, or Muon for matrices and AdamW for the rest."""
@@ -50,14 +52,18 @@ class ParameterGroup:
     parameters: list[tuple[str, nn.Parameter]]
     use_muon: bool
     weight_decay: float
+    experts: bool = False  # whether other ranks hold other experts under these names
 
 
 # Matrices with one row per vocabulary entry: AdamW even under Muon (Muon's author, and DeepSeek-V4's practice).
 _VOCABULARY = ("embedding.weight", "head.weight")
 
 
-def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[ParameterGroup]:
+def parameter_groups(model: nn.Module, cfg: OptimConfig, expert_group: str | None = None) -> list[ParameterGroup]:
     """Split a model's parameters into matrices, vocabulary matrices and vectors.
+
+    `expert_group` names a fourth group of the routed experts' matrices, where they are spread over ranks; the
+    parameters are then marked with it, for DeepSpeed.
 
     Matrices (2-D, or stacks of expert matrices) are decayed and go to Muon when it is chosen; vocabulary matrices are
     decayed and stay with AdamW; vectors (norm weights, also those with one row per branch, biases, and the taps of
@@ -68,9 +74,12 @@ def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[ParameterGroup]
     Raises:
         AssertionError: if a parameter is in no group or in two.
     """
-    matrices, vocabulary, vectors = [], [], []
+    matrices, vocabulary, vectors, experts = [], [], [], []
     for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 or "norm" in name or name.endswith("taps"):
+        if expert_group is not None and ".experts." in name:
+            mark_expert(parameter, expert_group)
+            experts.append((name, parameter))
+        elif parameter.ndim < 2 or "norm" in name or name.endswith("taps"):
             vectors.append((name, parameter))
         elif name in _VOCABULARY or "router" in name:
             vocabulary.append((name, parameter))
@@ -80,6 +89,7 @@ def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[ParameterGroup]
         ParameterGroup("matrices", matrices, cfg.kind is OptimizerKind.muon, cfg.weight_decay),
         ParameterGroup("vocabulary", vocabulary, False, cfg.weight_decay),
         ParameterGroup("vectors", vectors, False, 0.0),
+        ParameterGroup(expert_group or "", experts, cfg.kind is OptimizerKind.muon, cfg.weight_decay, experts=True),
     ]
     counted = sum(p.numel() for group in groups for _, p in group.parameters)
     assert counted == sum(p.numel() for p in model.parameters()), "a parameter is in no group or in two"

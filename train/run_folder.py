@@ -54,13 +54,15 @@ class RunFolder:
         path: the folder; made if absent.
         config_yaml: resolved configuration of the run that wants it.
         identity: hash of what defines the run (see `train.config.config_hash`).
+        writes: whether this process claims the folder and writes records; of several ranks, rank 0 alone does.
 
     Attributes:
         step: last applied optimizer step, also of earlier starts.
     """
 
-    def __init__(self, path: Path, config_yaml: str, identity: str) -> None:
+    def __init__(self, path: Path, config_yaml: str, identity: str, writes: bool = True) -> None:
         self.path = path
+        self.writes = writes
         self.config_yaml = config_yaml
         self.identity = identity
         self.step = 0
@@ -73,6 +75,8 @@ class RunFolder:
             OccupiedRunFolderError: if a live process holds it, it holds a run of another configuration, or the path
                 is no folder.
         """
+        if not self.writes:
+            return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -98,7 +102,8 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        if self.writes:
+            self._lock.release()
 
     def _claim(self) -> None:
         """Refuse a folder with something of another run in it; take over one of a start that got nowhere."""
@@ -150,6 +155,15 @@ class RunFolder:
 
     def status(self, state: str, step: int, max_steps: int, message: str = "") -> None:
         """Replace `status.json`; `state` is starting, running, finished, failed or stopped."""
+        if self.writes:
+            self._write_status(state, step, max_steps, message)
+
+    def record(self, name: str, values: dict[str, Any]) -> None:
+        """Write one of the run's JSON files."""
+        if self.writes:
+            write_record(self.path / name, values)
+
+    def _write_status(self, state: str, step: int, max_steps: int, message: str) -> None:
         write_record(
             self.path / "status.json",
             {

@@ -1,0 +1,1 @@
+"""Memory tables beyond one process and one device."""
