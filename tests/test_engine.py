@@ -100,7 +100,7 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("kind", list(OptimizerKind))
 def test_clipping_is_torchs_over_parameters_and_a_dense_table(
@@ -112,13 +112,13 @@ def test_clipping_is_torchs_over_parameters_and_a_dense_table(
     setup = Setup(OptimConfig(kind=kind, grad_clip=clip), zero_stage)
     setup.backward(accumulation)
     row_ids, rows_gradient = setup.table._merged()  # type: ignore[misc]
-    raw = {name: gradient.clone() for name, gradient in setup.engine.gradients()}
+    raw = {name: gradient.clone() for name, _, gradient in setup.engine.gradients()}
     report = setup.engine.step(1.0)
     assert report.grad_norm == pytest.approx(norm, rel=1e-5)
     assert report.clip_factor == pytest.approx(clip / (norm + 1e-6), rel=1e-5)
     assert raw.keys() == gradients.keys()
     for name, gradient in raw.items():
-        assert distance(gradient * report.clip_factor, gradients[name]) < 1e-5, name
+        assert distance(gradient * report.clip_factor, gradients[name].flatten()) < 1e-5, name
     full = torch.zeros_like(table_gradient)
     full[row_ids] = rows_gradient * report.clip_factor
     assert distance(full, table_gradient) < 1e-5
@@ -153,12 +153,12 @@ def test_adamw_step_is_torchs() -> None:
     setup = Setup(optim, 1)
     setup.backward(1)
     before = {name: p.detach().clone() for name, p in setup.model.named_parameters()}
-    gradients = {name: gradient.clone() for name, gradient in setup.engine.gradients()}
+    gradients = {name: gradient.clone() for name, _, gradient in setup.engine.gradients()}
     setup.engine.step(0.5)
     for group in setup.engine.groups:
         for name, parameter in group.parameters:
             # the first Adam step: m / (1 - b1) = g, v / (1 - b2) = g^2
-            g = gradients[name]
+            g = gradients[name].view_as(parameter)
             expected = before[name] * (1 - 0.005 * group.weight_decay) - 0.005 * g / (g.abs() + optim.eps)
             assert distance(parameter.detach(), expected) < 1e-5, name
 
@@ -242,7 +242,7 @@ def test_an_infinite_gradient_leaves_everything_as_it_was(where: str, stage: int
     rows = {name: tensor.clone() for name, tensor in setup.table.state_shards().items()}
     setup.backward(1)
     if where == "parameter":
-        next(gradient for _, gradient in setup.engine.gradients()).view(-1)[0] = float("inf")
+        next(setup.engine.gradients()).values[0] = float("inf")
     else:
         setup.table._pending[0][1][0, 0] = float("inf")
     with pytest.raises(NonFiniteLossError, match=r"gradient norm is inf.*optim.lr"):
@@ -252,12 +252,6 @@ def test_an_infinite_gradient_leaves_everything_as_it_was(where: str, stage: int
         assert torch.equal(tensor, before[name]), name
     for name, tensor in setup.table.state_shards().items():
         assert torch.equal(tensor, rows[name]), name
-
-
-def test_many_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE=2"):
-        Setup(OptimConfig(), 0)
 
 
 def test_bf16_is_close_to_fp32_and_weights_stay_fp32() -> None:

@@ -17,7 +17,7 @@ from models.moe import MoEConfig
 from models.rotary import RotaryConfig, YarnConfig
 from models.router import RouterConfig
 from train import identity
-from train.config import Config, compose_config, config_hash, load_config, to_plain, to_yaml
+from train.config import Config, compose_config, config_hash, load_config, resolve, to_plain, to_yaml, validate
 from train.pretrain import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,13 +123,34 @@ def test_what_came_later_stands_at_its_default() -> None:
         ("train.max_steps=0", "train.max_steps=0"),
         ("optim.lr=nan", "optim.lr=nan must be > 0 and finite"),
         ("optim.grad_clip=nan", "optim.grad_clip=nan must be >= 0 and finite"),
-        ("engine.zero_stage=3", "engine.zero_stage=3"),
+        ("engine.zero_stage=4", "engine.zero_stage=4"),
         ("model.moe.num_experts=2", "num_experts=2"),
     ],
 )
 def test_wrong_settings_are_named(override: str, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         composed(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "named"),
+    [
+        (["train.checkpoint_interval=0", "train.final_checkpoint=false"], 3, r"model.seq_len \* ranks = .* nearest: "),
+        (["engine.expert_parallel=3"], 4, "engine.expert_parallel=3 must divide the number of ranks, 4; nearest: 2"),
+        (["engine.expert_parallel=2"], 1, "engine.expert_parallel=2 must divide the number of ranks, 1; nearest: 1"),
+        (["engine.expert_parallel=128"], 128, "engine.expert_parallel=128 must be at most model.moe.num_experts=64"),
+        (["engine.expert_parallel=2", "engine.zero_stage=3"], 2, "engine.zero_stage=3 does not work with"),
+        (["engine.expert_parallel=2", "model.moe=null"], 2, "engine.expert_parallel=2 has no effect"),
+        (["engine.zero_stage=3", "train.ema_decay=0.9"], 1, "train.ema_decay=0.9 does not work with"),
+        (["train.global_batch_tokens=8192"], 2, "train.checkpoint_interval=.* write no checkpoints yet"),
+    ],
+)
+def test_settings_that_do_not_fit_the_ranks_are_named(
+    overrides: list[str], ranks: int, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    with pytest.raises(ValueError, match=named):
+        validate(resolve(composed(*overrides)))
 
 
 def pretrain(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

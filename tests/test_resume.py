@@ -186,7 +186,7 @@ def test_auxiliary_losses_are_checked_too(data_root: Path, tmp_path: Path, monke
             return output
 
         engine.forward = spoilt
-        engine.backward = lambda *_: pytest.fail("backward of an infinite loss")
+        engine.step = lambda *_: pytest.fail("a step after an infinite loss")
         return engine
 
     monkeypatch.setattr(loop, "build_engine", with_infinite_auxiliary_loss)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,10 +11,15 @@ from torch import Tensor
 
 from models.initialize import initialize
 from models.memory_table import LocalTable
+from models.moe import is_padded
 from models.ngram_hash import NgramHasher, table_sizes
 from models.transformer import Output, Transformer, TransformerConfig
 from train.data import Batch
+from train.ema import WeightAverage
 from train.engine import Engine
+from train.expert_parallel import AllToAllDispatcher
+from train.memory.sharded import ShardedTable
+from train.ranks import ALONE, Ranks
 from train.shards import PreparedData
 from train.start import load_weights
 
@@ -26,7 +32,14 @@ class Memory:
     """The hasher and tables of a model's Engram layers or OverEncoding; empty for a model without."""
 
     hasher: NgramHasher | None
-    tables: dict[int, LocalTable]
+    tables: dict[int, LocalTable | ShardedTable]
+
+    @property
+    def local_tables(self) -> dict[int, LocalTable]:
+        """{layer: the rows that lie on this rank}."""
+        return {
+            layer: table.local if isinstance(table, ShardedTable) else table for layer, table in self.tables.items()
+        }
 
     def row_ids(self, batch: Batch) -> dict[int, Tensor]:
         """{layer: (B, S, R)} rows that each token reads; a function of the batch's token ids alone."""
@@ -36,45 +49,60 @@ class Memory:
         """{layer: (B, S, R, M)} leaves that require grad unless their table is frozen."""
         return {layer: self.tables[layer].lookup(ids) for layer, ids in row_ids.items()}
 
+    def averaged_rows(self, row_ids: Mapping[int, Tensor], average: WeightAverage) -> dict[int, Tensor]:
+        """{layer: (B, S, R, M)} rows of the weight average."""
+        rows = {}
+        for layer, ids in row_ids.items():
+            table, read = self.tables[layer], partial(average.read, layer)
+            rows[layer] = table.read(ids, read) if isinstance(table, ShardedTable) else read(ids)
+        return rows
 
-def build_model(cfg: TransformerConfig, seed: int, device: torch.device) -> Transformer:
-    """A Transformer with its initial weights."""
-    model = Transformer(cfg)
+
+def build_model(cfg: TransformerConfig, seed: int, device: torch.device, ranks: Ranks = ALONE) -> Transformer:
+    """A Transformer with its initial weights; of spread experts, those of this rank."""
+    dispatcher = None
+    if cfg.moe is not None and ranks.expert_group is not None:
+        dispatcher = AllToAllDispatcher(cfg.moe.num_experts, is_padded(cfg.moe), ranks.expert_group)
+    model = Transformer(cfg, dispatcher)
     initialize(model, seed)
     return model.to(device)
 
 
-def build_memory(config: "Config", prepared: PreparedData, device: torch.device) -> Memory:
-    """Hasher and freshly initialised tables of `config.model.memory`."""
+def build_memory(config: "Config", prepared: PreparedData, device: torch.device, ranks: Ranks = ALONE) -> Memory:
+    """Hasher and freshly initialised tables of `config.model.memory`, sharded over several ranks."""
     cfg = config.model.memory
     if cfg is None:
         return Memory(None, {})
     hasher = NgramHasher(cfg, torch.as_tensor(prepared.compression_table), prepared.pad_id, device)
-    tables = {
-        layer: LocalTable(
-            num_rows=sum(sum(order) for order in sizes),
+    tables: dict[int, LocalTable | ShardedTable] = {}
+    for layer, sizes in table_sizes(cfg).items():
+        num_rows = sum(sum(order) for order in sizes)
+        local = LocalTable(
+            num_rows=num_rows,
             row_dim=cfg.row_dim,
             init_std=config.model.init_std,
             seed=config.seed,
             layer=layer,
             optim=config.memory,
             device=device,
+            rows=None if ranks.world_size == 1 else ranks.share(num_rows),
         )
-        for layer, sizes in table_sizes(cfg).items()
-    }
+        tables[layer] = local if ranks.world_size == 1 else ShardedTable(local, num_rows, ranks)
     return Memory(hasher, tables)
 
 
-def build_engine(config: "Config", memory: Memory, device: torch.device, start: Path | None = None) -> Engine:
+def build_engine(
+    config: "Config", memory: Memory, device: torch.device, ranks: Ranks, start: Path | None = None
+) -> Engine:
     """The engine over a fresh model and `memory`, both with the weights of the folder `start` if one is given.
 
     Raises:
         ValueError: the weights in `start` are damaged, others than `config.init_sha256`, or of another shape.
     """
-    model = build_model(config.model, config.seed, device)
+    model = build_model(config.model, config.seed, device, ranks)
     if start is not None:  # before the engine: it makes copies of the weights
-        load_weights(start, config.init_sha256, model, memory.tables)
-    return Engine(model, dict(memory.tables), config.optim, config.engine, config.train.micro_batch_size, device)
+        load_weights(start, config.init_sha256, model, memory.local_tables)
+    return Engine(model, memory.tables, config.optim, config.engine, config.train.micro_batch_size, device, ranks)
 
 
 @torch.no_grad()

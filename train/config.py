@@ -21,6 +21,7 @@ from train.kernel_choice import resolve_expert_kernel
 from train.loop import TrainConfig
 from train.metrics import LogConfig
 from train.optim import OptimConfig
+from train.ranks import world_size
 from train.run_folder import SCHEMA_VERSION
 from train.schedule import ScheduleConfig
 from train.start import tokenizer_for, weights_sha256
@@ -126,14 +127,20 @@ def validate(config: Config) -> None:
             f"run_dir={config.run_dir} must not be init_from={config.init_from}, whose weights are only read; "
             f"nearest: run_dir={config.init_from}-continued"
         )
-    per_micro_batch = config.train.micro_batch_size * config.model.seq_len
+    ranks = world_size()
+    _validate_ranks(config, ranks)
+    per_micro_batch = config.train.micro_batch_size * config.model.seq_len * ranks
     wanted = config.train.global_batch_tokens
     if wanted < per_micro_batch or wanted % per_micro_batch:
         below = wanted // per_micro_batch * per_micro_batch
         nearest = f"{below} or {below + per_micro_batch}" if below else str(per_micro_batch)
+        names = "train.micro_batch_size * model.seq_len"
+        values = f"{config.train.micro_batch_size} * {config.model.seq_len}"
+        if ranks > 1:
+            names, values = f"{names} * ranks", f"{values} * {ranks}"
         raise ValueError(
-            f"train.global_batch_tokens={wanted} must be a multiple of train.micro_batch_size * model.seq_len = "
-            f"{config.train.micro_batch_size} * {config.model.seq_len} = {per_micro_batch}; nearest: {nearest}"
+            f"train.global_batch_tokens={wanted} must be a multiple of {names} = {values} = {per_micro_batch}; "
+            f"nearest: {nearest}"
         )
     memory = config.model.memory
     if memory is not None and memory.shuffled and config.train.micro_batch_size < 2:
@@ -155,4 +162,35 @@ def validate(config: Config) -> None:
         raise ValueError(
             f"model.vocab_size={config.model.vocab_size} must equal data.vocab_size={config.data.vocab_size}; "
             f"set model.vocab_size={config.data.vocab_size}"
+        )
+
+
+def _validate_ranks(config: Config, ranks: int) -> None:
+    """Check what depends on the number of processes that the launcher started."""
+    degree, moe = config.engine.expert_parallel, config.model.moe
+    if degree > 1 and moe is None:
+        raise ValueError(f"engine.expert_parallel={degree} has no effect on a model without experts; nearest: 1")
+    if ranks % degree:
+        nearest = max(divisor for divisor in range(1, degree) if ranks % divisor == 0)
+        raise ValueError(
+            f"engine.expert_parallel={degree} must divide the number of ranks, {ranks}; nearest: {nearest}"
+        )
+    if moe is not None and degree > moe.num_experts:
+        raise ValueError(
+            f"engine.expert_parallel={degree} must be at most model.moe.num_experts={moe.num_experts}, so that every "
+            f"rank holds an expert; nearest: {moe.num_experts}"
+        )
+    if config.engine.zero_stage == 3 and config.train.ema_decay:
+        raise ValueError(
+            f"train.ema_decay={config.train.ema_decay} does not work with engine.zero_stage=3, which keeps no whole "
+            "parameter between steps; set train.ema_decay=0, or engine.zero_stage=2"
+        )
+    if (ranks > 1 or config.engine.zero_stage == 3) and (
+        config.train.checkpoint_interval or config.train.final_checkpoint
+    ):
+        raise ValueError(
+            f"train.checkpoint_interval={config.train.checkpoint_interval} and "
+            f"train.final_checkpoint={config.train.final_checkpoint}: several ranks, and engine.zero_stage=3, write no "
+            "checkpoints yet; set train.checkpoint_interval=0 and train.final_checkpoint=false, or train in one "
+            "process with another engine.zero_stage"
         )

@@ -83,6 +83,10 @@ class Batch:
     targets: torch.Tensor  # (B, S) next token, IGNORE_INDEX where it belongs to another document than the input
     document_ids: torch.Tensor  # (B, S) 0, 1, ... counting documents inside the window
 
+    def without_targets(self) -> Batch:
+        """The same windows with nothing to predict."""
+        return Batch(self.token_ids, torch.full_like(self.targets, IGNORE_INDEX), self.document_ids)
+
 
 def windows(stream: TokenStream, starts: np.ndarray, seq_len: int, eos_id: int) -> Batch:
     """Batch of the windows that begin at `starts`: inputs t ... t + S - 1, targets one token further.

@@ -15,6 +15,7 @@ This is the only file that imports deepspeed. How the pieces fit (see docs/decis
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ class Engine:
     def __init__(
         self,
         model: Transformer,
-        tables: dict[int, MemoryTable],
+        tables: Mapping[int, MemoryTable],
         optim: OptimConfig,
         cfg: EngineConfig,
         micro_batch_size: int,
@@ -126,7 +127,9 @@ class Engine:
         self, token_ids: Tensor, document_ids: Tensor, memory_rows: Mapping[int, Tensor], targets: Tensor
     ) -> Output:
         """Run the model on (B, S) token ids, document ids, targets, {layer: (B, S, R, M)} rows; `Output` has nats."""
-        output: Output = self._engine(token_ids, document_ids, dict(memory_rows), targets)  # ZeRO 3 writes into the dict
+        output: Output = self._engine(
+            token_ids, document_ids, dict(memory_rows), targets
+        )  # ZeRO 3 writes into the dict
         return output
 
     def backward(self, loss: Tensor, row_ids: Mapping[int, Tensor], memory_rows: Mapping[int, Tensor]) -> None:
@@ -240,6 +243,10 @@ def _import_deepspeed() -> Any:
     Imported here and not at the top because it takes seconds, and plans and reports need only `EngineConfig`.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    for name, alone in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ.setdefault(name, alone)  # DeepSpeed asks for them even where no launcher set them
+    # DeepSpeed calls collectives by names that torch has changed; a reader of the warning can do nothing about it.
+    warnings.filterwarnings("ignore", r".*torch\.distributed.* is deprecated", FutureWarning)
     import deepspeed
 
     # Without this DeepSpeed compiles a C++ extension for all-reduce in shared memory on first use.

@@ -10,6 +10,7 @@ from models.loss import IGNORE_INDEX
 from models.transformer import Output
 from train.data import Batch
 from train.finite import check_finite
+from train.ranks import Ranks
 
 
 @dataclass
@@ -22,8 +23,10 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(forward: Callable[[Batch], Output], batches: Iterable[Batch], bytes_per_token: float) -> Evaluation:
-    """Mean cross-entropy of `forward` over `batches`.
+def evaluate(
+    forward: Callable[[Batch], Output], batches: Iterable[Batch], bytes_per_token: float, ranks: Ranks | None = None
+) -> Evaluation:
+    """Mean cross-entropy of `forward` over `batches`, and over those of the other `ranks`.
 
     loss = sum of nats / number of targets; the sum is kept in double precision.
     bits per byte = loss / (ln 2 * bytes_per_token), with the split's own mean bytes per token.
@@ -37,6 +40,9 @@ def evaluate(forward: Callable[[Batch], Output], batches: Iterable[Batch], bytes
         assert output.nats is not None  # `forward` gives the model the batch's targets
         nats += float(output.nats)
         count += int((batch.targets != IGNORE_INDEX).sum())
+    if ranks is not None and ranks.world_size > 1:
+        nats, count = ranks.sum(torch.tensor([nats, count], dtype=torch.float64, device=batch.targets.device)).tolist()
+        count = int(count)
     if count == 0:
         raise ValueError("the validation split holds no predictable token; prepare data with a larger validation split")
     loss = nats / count

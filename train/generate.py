@@ -91,10 +91,10 @@ def load(run_dir: Path) -> tuple["Transformer", Memory, PreparedData]:
     check_names(model.state_dict(), state)
     model.load_state_dict(state)
     memory = build_memory(config, prepared, device)
-    for layer, table in memory.tables.items():
+    for layer, table in memory.local_tables.items():
         table.load_state_shards(dict(found.tensors[f"table_{layer}"]))
     if "average" in found.tensors:
-        average = WeightAverage(model, memory.tables, config.train.ema_decay, config.train.max_steps)
+        average = WeightAverage(model, memory.local_tables, config.train.ema_decay, config.train.max_steps)
         average.load_state_tensors(found.tensors["average"], found.step)
         average.replace_weights()
     return model, memory, prepared

@@ -5,6 +5,7 @@ import platform
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import psutil
 import torch
 
 from models.accounting import count_parameters, flops_per_token
+from models.transformer import Output
 from train import checkpoint
 from train.build import Memory, build_engine, build_memory, forward
 from train.data import Batch, TrainBatches, check_fits, validation_batches
@@ -24,7 +26,8 @@ from train.identity import to_plain
 from train.metrics import Recorder, peak_flops
 from train.prepare import prepare
 from train.progress import Progress
-from train.run_folder import RunFolder, write_record
+from train.ranks import ALONE, Ranks
+from train.run_folder import RunFolder
 from train.schedule import lr_scale
 from train.shards import PreparedData
 from train.snapshot import resume, save
@@ -64,7 +67,7 @@ class Stopped(Exception):
     """The run was asked to stop (SIGTERM or SIGINT), saved a checkpoint, and can be started again."""
 
 
-def train(config: "Config", folder: RunFolder, identity: str, ranks: Ranks) -> dict[str, Any]:
+def train(config: "Config", folder: RunFolder, identity: str, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Train one model as `config` says, inside `folder`; resume from its newest checkpoint if there is one.
 
     `config.init_from` counts only before there is one: it gives the weights of step 0, the optimizer begins anew.
@@ -97,7 +100,7 @@ def train(config: "Config", folder: RunFolder, identity: str, ranks: Ranks) -> d
     memory = build_memory(config, prepared, device, ranks)
     engine = build_engine(config, memory, device, ranks, start)
     folder.record("ds_config.json", engine.ds_config)
-    average = WeightAverage(engine.model, memory.tables, cfg.ema_decay, max_steps) if cfg.ema_decay else None
+    average = WeightAverage(engine.model, memory.local_tables, cfg.ema_decay, max_steps) if cfg.ema_decay else None
     first_step, state = resume(folder, prepared, engine, memory, average)
     folder.step = first_step
     statistics = StepStatistics(config.model, peak_flops(device, config.engine.precision.value))
@@ -111,7 +114,7 @@ def train(config: "Config", folder: RunFolder, identity: str, ranks: Ranks) -> d
     ):
         for step in range(first_step, max_steps):
             micro_batches, num_targets = _micro_batches(batches.batch(step), cfg.micro_batch_size, device, ranks)
-            nats = torch.zeros((), dtype=torch.float64)
+            totals = torch.zeros(2, dtype=torch.float64, device=device)  # nats, and the loss with auxiliary terms
             expert_counts: torch.Tensor | None = None
             for micro_batch in micro_batches:
                 row_ids = memory.row_ids(micro_batch)
@@ -120,18 +123,21 @@ def train(config: "Config", folder: RunFolder, identity: str, ranks: Ranks) -> d
                 assert output.nats is not None  # targets were given
                 aux_loss = sum(output.aux_losses.values()) / len(micro_batches)
                 loss = output.nats * (ranks.world_size / num_targets) + aux_loss  # of ranks the mean is taken
-                check_finite("loss", ...)
+                totals += torch.stack([output.nats.detach(), loss.detach()])
                 engine.backward(loss, row_ids, rows)
                 if output.stats.expert_counts is not None:
                     counts = output.stats.expert_counts
                     expert_counts = counts if expert_counts is None else expert_counts + counts
 
+            engine.reduce()
+            nats, summed_loss = ranks.sum(totals).tolist()
+            check_finite("loss", summed_loss / ranks.world_size)
             if average is not None:
                 average.before_step()
             scale = lr_scale(config.schedule, step, max_steps)
             report = engine.step(scale)
             if expert_counts is not None:
-                engine.model.update_expert_bias(expert_counts)
+                engine.model.update_expert_bias(ranks.sum(expert_counts))
             if average is not None:
                 average.after_step()
 
@@ -150,16 +156,16 @@ def train(config: "Config", folder: RunFolder, identity: str, ranks: Ranks) -> d
                         "optim/grad_norm": report.grad_norm,
                         "optim/table_grad_norm": report.table_grad_norm,
                         "optim/clip_factor": report.clip_factor,
-                        **statistics.collect(output.stats, expert_counts, memory.tables),
+                        **statistics.collect(output.stats, expert_counts, memory.local_tables),
                     },
                 )
                 folder.status("running", done, max_steps)
             progress.update(done, state.train_loss)
             if cfg.eval_interval and done % cfg.eval_interval == 0 and done < max_steps:
-                evaluation = _evaluate(config, engine, memory, average, prepared, device)
+                evaluation = _evaluate(config, engine, memory, average, prepared, device, ranks)
                 recorder.record(done, {"val/loss": evaluation.loss, "val/bits_per_byte": evaluation.bits_per_byte})
                 statistics.restart_clock()
-            stopping = stop.is_set()
+            stopping = ranks.any(stop.is_set())
             if stopping or (cfg.checkpoint_interval and done % cfg.checkpoint_interval == 0 and done < max_steps):
                 state.train_seconds = time.perf_counter() - training_start
                 recorder.sync()  # a checkpoint never knows more steps than the metrics
@@ -170,7 +176,7 @@ def train(config: "Config", folder: RunFolder, identity: str, ranks: Ranks) -> d
                 raise Stopped(f"stopped at step {done} of {max_steps}; the same command goes on from there")
 
         state.train_seconds = time.perf_counter() - training_start
-        evaluation = _evaluate(config, engine, memory, average, prepared, device)
+        evaluation = _evaluate(config, engine, memory, average, prepared, device, ranks)
         recorder.record(max_steps, {"val/loss": evaluation.loss, "val/bits_per_byte": evaluation.bits_per_byte})
     if cfg.final_checkpoint:
         save(folder, max_steps, state, cfg.keep_checkpoints, engine, memory, average)
@@ -181,6 +187,7 @@ def train(config: "Config", folder: RunFolder, identity: str, ranks: Ranks) -> d
         "val_tokens": evaluation.tokens,
         "train_loss": state.train_loss,
         "steps": max_steps,
+        "world_size": ranks.world_size,
         "tokens": max_steps * cfg.global_batch_tokens,
         "epochs": batches.epochs_needed(max_steps),
         "parameters": count_parameters(config.model).to_dict(),
@@ -192,7 +199,7 @@ def train(config: "Config", folder: RunFolder, identity: str, ranks: Ranks) -> d
         "data_fingerprint": prepared.fingerprint,
         "environment": environment(config.engine.num_threads, config.engine.precision.value),
     }
-    write_record(folder.path / "result.json", result)
+    folder.record("result.json", result)
     folder.status("finished", max_steps, max_steps)
     return result
 
@@ -212,14 +219,16 @@ def environment(num_threads: int, precision: str) -> dict[str, Any]:
     }
 
 
-def _micro_batches(batch: Batch, size: int, device: torch.device) -> tuple[list[Batch], int]:
-    """Cut a global batch into micro-batches; also the number of predicted tokens of the whole global batch.
+def _micro_batches(batch: Batch, size: int, device: torch.device, ranks: Ranks) -> tuple[list[Batch], int]:
+    """Cut this rank's slice of a global batch into micro-batches; also the predicted tokens of the whole global batch.
 
     Dividing every micro-batch's sum of nats by that one number makes the gradient that of the global mean, however
     the batch is cut.
     """
     num_targets = int((batch.targets >= 0).sum())
-    parts = zip(batch.token_ids.split(size), batch.targets.split(size), batch.document_ids.split(size), strict=True)
+    mine = ranks.share(len(batch.token_ids))
+    tensors = (batch.token_ids, batch.targets, batch.document_ids)
+    parts = zip(*(tensor[mine.start : mine.stop].split(size) for tensor in tensors), strict=True)
     return [Batch(*(tensor.to(device) for tensor in part)) for part in parts], num_targets
 
 
@@ -239,21 +248,24 @@ def _evaluate(
     average: WeightAverage | None,
     prepared: PreparedData,
     device: torch.device,
+    ranks: Ranks,
 ) -> Evaluation:
-    """Validate with the averaged weights if there are any."""
+    """Validate with the averaged weights if there are any; ranks take turns with the batches."""
     cfg, seq_len = config.train, config.model.seq_len
     apart = memory.hasher is not None and memory.hasher.shuffled  # neighbours in a batch are then strangers
 
-    def windows() -> Any:
-        for batch in validation_batches(prepared, seq_len, cfg.micro_batch_size, cfg.eval_tokens, apart):
+    def windows() -> Iterator[Batch]:
+        for batch in ranks.take_turns(
+            validation_batches(prepared, seq_len, cfg.micro_batch_size, cfg.eval_tokens, apart), Batch.without_targets
+        ):
             yield Batch(batch.token_ids.to(device), batch.targets.to(device), batch.document_ids.to(device))
 
     if average is None:
-        return evaluate(lambda batch: forward(engine, memory, batch), windows(), prepared.bytes_per_token_val)
+        return evaluate(lambda batch: forward(engine, memory, batch), windows(), prepared.bytes_per_token_val, ranks)
 
-    def averaged(batch: Batch) -> Any:
-        rows = {layer: average.read(layer, ids) for layer, ids in memory.row_ids(batch).items()}
+    def averaged(batch: Batch) -> Output:
+        rows = memory.averaged_rows(memory.row_ids(batch), average)
         return engine.forward(batch.token_ids, batch.document_ids, rows, batch.targets)
 
     with average.applied():
-        return evaluate(averaged, windows(), prepared.bytes_per_token_val)
+        return evaluate(averaged, windows(), prepared.bytes_per_token_val, ranks)

@@ -8,9 +8,12 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
+
 from train.allocator import keep_freed_memory
 from train.config import Config, compose_config, config_hash, resolve, to_yaml, validate
 from train.kernel_choice import keep_expert_kernel
+from train.ranks import join
 
 EXIT_SETTINGS, EXIT_NOT_FINITE, EXIT_STOPPED = 2, 3, 75  # 75: EX_TEMPFAIL of sysexits.h, "try again"
 
@@ -43,27 +46,33 @@ def run(config: Config) -> int:
 
     identity = config_hash(config)
     max_steps = config.train.max_steps
+    ranks = join("cuda" if torch.cuda.is_available() else "cpu", config.engine.expert_parallel)
     try:
-        with RunFolder(Path(config.run_dir), to_yaml(config), identity) as folder:
+        with RunFolder(Path(config.run_dir), to_yaml(config), identity, ranks.is_main) as folder:
+            ranks.barrier()  # rank 0 holds the folder, or has ended the run
             finished = folder.result()
             if finished is not None:
-                print(f"{folder.path} is finished: validation loss {finished['val_loss']:.4f}")
+                if ranks.is_main:
+                    print(f"{folder.path} is finished: validation loss {finished['val_loss']:.4f}")
                 return 0
             try:
-                result = train(config, folder, identity)
+                result = train(config, folder, identity, ranks)
             except BaseException as error:
                 if not isinstance(error, Stopped):
                     folder.status("failed", folder.step, max_steps, f"{type(error).__name__}: {error}")
                 if isinstance(error, NonFiniteLossError):
                     return _report(f"after step {folder.step} of {max_steps}: {error}", EXIT_NOT_FINITE)
                 raise
+            if not ranks.is_main:
+                return 0
             print(
                 f"validation loss {result['val_loss']:.4f} nats, {result['val_bits_per_byte']:.4f} bits per byte; "
                 f"{result['tokens_per_second']:.0f} tokens/s; {folder.path}"
             )
             return 0
     except Stopped as stopped:
-        print(stopped)
+        if ranks.is_main:
+            print(stopped)
         return EXIT_STOPPED
     except (ValueError, OSError) as error:
         return _report(error, EXIT_SETTINGS)

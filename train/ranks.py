@@ -10,12 +10,17 @@ experts average their gradients. DeepSpeed lays its groups out in the same way.
 """
 
 import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,10 +54,30 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank; the same answer on all of them."""
+        if self.world_size == 1:
+            return flag
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        return bool(self.sum(torch.tensor([float(flag)], device=device)).item())
+
+    def take_turns(self, items: Iterable[T], idle: Callable[[T], T]) -> Iterator[T]:
+        """Deals `items` out: this rank's are number rank, rank + W, ...
+
+        Every rank gets equally many, since ranks that work together must take part in all collectives: where items run
+        out, `idle` makes one that counts for nothing out of another.
+        """
+        rest = iter(items)
+        while turn := list(islice(rest, self.world_size)):
+            yield turn[self.rank] if self.rank < len(turn) else idle(turn[0])
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world_size > 1:
             dist.barrier()
+
+
+ALONE = Ranks()  # a run of one process
 
 
 def part(count: int, index: int, parts: int) -> range:

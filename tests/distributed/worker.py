@@ -100,7 +100,9 @@ class Run:
 
     def full_gradients(self) -> dict[str, Tensor]:
         """Mean gradients by parameter, whole, of all ranks' ranges; and dense gradients of the tables."""
-        shapes = {name: list(tensor.shape) for name, tensor in tiny_model(tiny_config(self.case.model)).named_parameters()}
+        shapes = {
+            name: list(tensor.shape) for name, tensor in tiny_model(tiny_config(self.case.model)).named_parameters()
+        }
         full = {f"grad.{name}": torch.zeros(shape).flatten() for name, shape in shapes.items()}
         seen = {name: torch.zeros_like(tensor) for name, tensor in full.items()}
         for name, start, values in self.engine.gradients():

@@ -51,16 +51,7 @@ class ShardedTable:
         self._ends = torch.tensor([part(num_rows, rank, ranks.world_size).stop for rank in range(ranks.world_size)])
         self._ends = self._ends.to(local.weight.device)
         self._routes: list[_Route] = []  # of lookups whose gradient has not come yet
-
-    @property
-    def rows_touched(self) -> int:
-        """Rows of this rank that the last `apply` changed."""
-        return self.local.rows_touched
-
-    @property
-    def rows_ever_touched(self) -> int:
-        """Rows of this rank changed since the start."""
-        return self.local.rows_ever_touched
+        self.rows_touched, self.rows_ever_touched = 0, 0  # of this rank's rows, as in `MemoryTable`
 
     def lookup(self, row_ids: Tensor) -> Tensor:
         """row_ids (B, S, R) -> rows (B, S, R, M), a detached leaf that requires grad unless frozen."""
@@ -95,6 +86,7 @@ class ShardedTable:
     def apply(self, clip_factor: float, lr: float) -> None:
         """Updates this rank's rows."""
         self.local.apply(clip_factor, lr)
+        self.rows_touched, self.rows_ever_touched = self.local.rows_touched, self.local.rows_ever_touched
 
     def discard(self) -> None:
         """Forgets the step's gradient."""
@@ -108,6 +100,7 @@ class ShardedTable:
     def load_state_shards(self, shards: dict[str, Tensor]) -> None:
         """Takes back what `state_shards` gave on a rank with the same rows."""
         self.local.load_state_shards(shards)
+        self.rows_ever_touched = self.local.rows_ever_touched
 
     def _route(self, row_ids: Tensor) -> _Route:
         distinct, inverse = row_ids.flatten().unique(return_inverse=True)  # ascending, and so sorted by owner
