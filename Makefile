@@ -29,7 +29,7 @@ sweep: $(STAMP) ## the default sweep: about 15 minutes on two cores, ends with t
 
 test: $(STAMP) ## lint, types and the fast tests
 	@$(MAKE) --no-print-directory check
-	@$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(ARGS)
+	@$(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not distributed_full" $(ARGS)
 
 # --- more ---------------------------------------------------------------------------------------------------------------
 
@@ -54,8 +54,8 @@ report: $(STAMP) ## rebuild a sweep's report from its folders as they are (SWEEP
 prepare: $(STAMP) ## tokenise the corpus (ARGS="data=datasets data.data_files=[my.jsonl]")
 	@$(BIN)/python -m scripts.prepare_data $(ARGS)
 
-train: $(STAMP) ## train one model (ARGS="model=tiny_engram train.max_steps=200 run_dir=runs/mine")
-	@$(BIN)/python -m train.pretrain $(ARGS)
+train: $(STAMP) ## train one model, on RANKS processes if given (RANKS=2 ARGS="model=tiny_engram train.max_steps=200 run_dir=runs/mine")
+	@$(if $(RANKS),$(BIN)/torchrun --standalone --nproc_per_node $(RANKS),$(BIN)/python) -m train.pretrain $(ARGS)
 
 # An empty path would be taken for the current folder.
 need = $(if $($(1)),,$(error $(1)= is empty; give it, for instance $(1)=$(2)))
@@ -98,8 +98,11 @@ format: $(STAMP) ## format in place
 test-slow: $(STAMP) ## the slower tests
 	@$(BIN)/python -m pytest -n 2 -m "slow and not gpu" $(ARGS)
 
+test-distributed-full: $(STAMP) ## every combination of ranks, ZeRO stages, experts and accumulation against one process (minutes)
+	@$(BIN)/python -m pytest -m distributed_full $(ARGS)
+
 clean: ## remove caches (not data/, not runs/)
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache build *.egg-info; find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 .PHONY: help setup sweep test sweep-plan sweep-long ladder ladder-plan smoke report prepare train import continue generate params bench bench-gpu \
-	calibrate check format test-slow clean
+	calibrate check format test-slow test-distributed-full clean

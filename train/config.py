@@ -21,7 +21,7 @@ from train.kernel_choice import resolve_expert_kernel
 from train.loop import TrainConfig
 from train.metrics import LogConfig
 from train.optim import OptimConfig
-from train.ranks import world_size
+from train.ranks import local_world_size, world_size
 from train.run_folder import SCHEMA_VERSION
 from train.schedule import ScheduleConfig
 from train.start import tokenizer_for, weights_sha256
@@ -97,7 +97,7 @@ def resolve(config: Config) -> Config:
         config.data.tokenizer = tokenizer_for(Path(config.init_from), config)
     config.engine.precision = resolve_precision(config.engine.precision)
     if config.engine.num_threads == 0:
-        config.engine.num_threads = len(os.sched_getaffinity(0))
+        config.engine.num_threads = max(1, len(os.sched_getaffinity(0)) // local_world_size())
     config.engine.native_kernels = resolve_native(config.engine)
     if config.model.moe is not None:
         num_tokens = config.train.micro_batch_size * config.model.seq_len

@@ -1,15 +1,20 @@
 """Train one model: `python -m train.pretrain model=tiny data=python train.max_steps=400`.
 
+Several processes train together where torchrun or the deepspeed launcher starts them:
+`torchrun --nproc_per_node 4 -m train.pretrain ...`, `deepspeed --module train.pretrain ...`.
+
 Settings are given as name=value; all of them, with their defaults, stand in `train/config.py` and the files it imports.
 Exit codes: 0 finished, 2 wrong settings or data, 3 a non-finite loss, 75 stopped by a signal and resumable.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 import torch
 
+from models.moe import ExpertKernel
 from train.allocator import keep_freed_memory
 from train.config import Config, compose_config, config_hash, resolve, to_yaml, validate
 from train.kernel_choice import keep_expert_kernel
@@ -26,6 +31,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--config-path", "-cp", type=Path, help="folder of the configuration, e.g. of an earlier run")
     parser.add_argument("--config-name", "-cn", default="train", help="file name there; default: %(default)s")
     parser.add_argument("overrides", nargs="*", metavar="name=value")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher says it here and in LOCAL_RANK
     args = parser.parse_intermixed_args(arguments)
 
     keep_freed_memory()
@@ -33,8 +39,8 @@ def main(arguments: list[str]) -> int:
         config = compose_config(args.config_path, args.config_name, args.overrides)
         keep_expert_kernel(config.model, Path(config.run_dir))
         validate(resolve(config))
-    except ValueError as error:
-        return _report(error, EXIT_SETTINGS)
+    except ValueError as error:  # the same on every rank
+        return _report(error, EXIT_SETTINGS) if int(os.environ.get("RANK", "0")) == 0 else EXIT_SETTINGS
     return run(config)
 
 
@@ -44,9 +50,11 @@ def run(config: Config) -> int:
     from train.loop import Stopped, train
     from train.run_folder import RunFolder
 
-    identity = config_hash(config)
     max_steps = config.train.max_steps
     ranks = join("cuda" if torch.cuda.is_available() else "cpu", config.engine.expert_parallel)
+    if config.model.moe is not None:
+        config.model.moe.expert_kernel = ExpertKernel(ranks.from_main(config.model.moe.expert_kernel.value))
+    identity = config_hash(config)
     try:
         with RunFolder(Path(config.run_dir), to_yaml(config), identity, ranks.is_main) as folder:
             ranks.barrier()  # rank 0 holds the folder, or has ended the run

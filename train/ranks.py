@@ -61,6 +61,14 @@ class Ranks:
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         return bool(self.sum(torch.tensor([float(flag)], device=device)).item())
 
+    def from_main(self, word: str) -> str:
+        """Rank 0's `word`: what every rank would choose by its own measurement must be chosen once."""
+        if self.world_size == 1:
+            return word
+        words = [word]
+        dist.broadcast_object_list(words, src=0)
+        return words[0]
+
     def take_turns(self, items: Iterable[T], idle: Callable[[T], T]) -> Iterator[T]:
         """Deals `items` out: this rank's are number rank, rank + W, ...
 
@@ -88,6 +96,11 @@ def part(count: int, index: int, parts: int) -> range:
 def world_size() -> int:
     """Number of processes that the launcher says it started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """Number of processes that the launcher started on this machine; 1 without one."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))  # torchrun's, DeepSpeed's name
 
 
 def join(device_type: str, expert_parallel: int = 1, timeout_seconds: float = 600.0) -> Ranks:

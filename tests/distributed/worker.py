@@ -21,7 +21,7 @@ from torch import distributed as dist
 from models.memory_table import LocalTable
 from models.moe import Dispatcher, is_padded
 from models.ngram_hash import NgramHasher, num_rows
-from models.transformer import TransformerConfig
+from models.transformer import ActivationCheckpointing, TransformerConfig
 from tests.tiny import VOCAB_SIZE, tiny_config, tiny_model
 from train.engine import Engine
 from train.execution import EngineConfig, Precision
@@ -45,6 +45,8 @@ class Case:
     optimizer: str = "adamw"
     grad_clip: float = 0.05  # far below the norm: clipping is active
     steps: int = 1
+    recompute: bool = False  # full activation checkpointing
+    order: int = 0  # another order of the sequences in every global batch, which only rounding should notice
 
 
 class Run:
@@ -52,7 +54,8 @@ class Run:
 
     def __init__(self, case: Case, ranks: Ranks) -> None:
         self.case, self.ranks = case, ranks
-        cfg = tiny_config(case.model)
+        recompute = ActivationCheckpointing.full if case.recompute else ActivationCheckpointing.none
+        cfg = tiny_config(case.model, activation_checkpointing=recompute)
         dispatcher = make_dispatcher(cfg, ranks)
         self.first_expert = 0 if dispatcher is None else dispatcher.local_experts.start
         model = tiny_model(cfg, dispatcher=dispatcher)
@@ -78,6 +81,8 @@ class Run:
         """Loss of the global batch of `step`, and tokens per layer and expert."""
         generator = torch.Generator().manual_seed(step)
         ids = torch.randint(0, VOCAB_SIZE, (GLOBAL_BATCH, 24), generator=generator)
+        if self.case.order:
+            ids = ids[torch.randperm(GLOBAL_BATCH, generator=torch.Generator().manual_seed(self.case.order + step))]
         documents = (ids[:, :1] * 0) + (torch.arange(24) >= 10).long()
         targets = (ids * 7 + 1) % VOCAB_SIZE
         mine = part(GLOBAL_BATCH, self.ranks.rank, self.ranks.world_size)
