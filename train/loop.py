@@ -122,7 +122,7 @@ def train(config: "Config", folder: RunFolder, identity: str, ranks: Ranks = ALO
                 output = engine.forward(micro_batch.token_ids, micro_batch.document_ids, rows, micro_batch.targets)
                 assert output.nats is not None  # targets were given
                 aux_loss = sum(output.aux_losses.values()) / len(micro_batches)
-                loss = output.nats * (ranks.world_size / num_targets) + aux_loss  # of ranks the mean is taken
+                loss = output.nats / (num_targets / ranks.world_size) + aux_loss  # of ranks the mean is taken
                 totals += torch.stack([output.nats.detach(), loss.detach()])
                 engine.backward(loss, row_ids, rows)
                 if output.stats.expert_counts is not None:
