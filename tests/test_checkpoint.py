@@ -180,6 +180,6 @@ def test_a_step_that_is_there_is_not_written_again(tmp_path: Path, monkeypatch: 
     """A signal on the last step saves it twice; the second must not put the only checkpoint at risk."""
     path = write(tmp_path, 8, deal(tensors(), 1))
     inode = path.stat().st_ino
-    monkeypatch.setattr("train.checkpoint_writer.write_safetensors", lambda *_: pytest.fail("written again"))
+    monkeypatch.setattr("train.rank_files.write_safetensors", lambda *_: pytest.fail("written again"))
     CheckpointWriter(tmp_path).save(8, deal(tensors(1), 1)[0], STATE, final=True)
     assert path.stat().st_ino == inode and same(Checkpoint(path), tensors())

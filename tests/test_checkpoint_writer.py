@@ -11,10 +11,11 @@ import torch
 
 from tests.faults import KILL_MOMENTS, full_disk, in_child, kill_at
 from tests.writing_ranks import STATE, deal, same, tensors, write
-from train import checkpoint_writer
+from train import rank_files
 from train.checkpoint import Checkpoint
 from train.checkpoint_folder import checkpoints, load_latest, newest_good, remove_leftovers
-from train.checkpoint_writer import CheckpointWriter, HostBuffer, Place, WriterOptions
+from train.checkpoint_writer import CheckpointWriter, Place, WriterOptions
+from train.host_buffer import HostBuffer
 from train.pieces import Piece, whole
 
 
@@ -25,13 +26,13 @@ def pieces_of(named: dict[str, torch.Tensor]) -> list[Piece]:
 def held_back(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Writing of files waits for the event that this returns."""
     go = threading.Event()
-    original = checkpoint_writer.write_safetensors
+    original = rank_files.write_safetensors
 
     def waits(*args: Any) -> Any:
         assert go.wait(20)
         return original(*args)
 
-    monkeypatch.setattr(checkpoint_writer, "write_safetensors", waits)
+    monkeypatch.setattr(rank_files, "write_safetensors", waits)
     return go
 
 
@@ -54,6 +55,7 @@ def test_what_is_written_is_the_state_of_the_call(tmp_path: Path, monkeypatch: p
 
 def test_buffers_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = HostBuffer()
+    buffer.reserve(1 << 16)  # in a thread; it waits for it
     first = buffer.copy(pieces_of(tensors(0)))
     second = buffer.copy(pieces_of(tensors(1)))
     assert [piece.data.data_ptr() for piece in first] == [piece.data.data_ptr() for piece in second]
@@ -137,14 +139,14 @@ def test_a_rank_that_never_comes_is_named(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_rank_that_fails_says_so_and_all_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = checkpoint_writer.write_safetensors
+    original = rank_files.write_safetensors
 
     def fails(path: Path, *args: Any) -> Any:
         if "rank00001" in path.name:
             raise OSError(5, "Input/output error")
         return original(path, *args)
 
-    monkeypatch.setattr(checkpoint_writer, "write_safetensors", fails)
+    monkeypatch.setattr(rank_files, "write_safetensors", fails)
     writers = ranks(tmp_path, 3)
     with ThreadPoolExecutor(3) as pool:
         started = time.monotonic()
@@ -160,7 +162,7 @@ def test_a_mistake_in_the_thread_is_not_hidden(tmp_path: Path, monkeypatch: pyte
     def broken(*_: Any) -> None:
         raise ZeroDivisionError("a mistake")
 
-    monkeypatch.setattr(checkpoint_writer, "write_safetensors", broken)
+    monkeypatch.setattr(rank_files, "write_safetensors", broken)
     writer = CheckpointWriter(tmp_path)
     writer.save(1, pieces_of(tensors()), STATE)
     with pytest.raises(ZeroDivisionError):

@@ -11,22 +11,19 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from train.checkpoint import MANIFEST, SCHEMA_VERSION, STATE
 from train.checkpoint_commit import UnfinishedCheckpointError, commit, give_up, was_committed, write_record
 from train.checkpoint_folder import checkpoints, prune, remove_leftovers
 from train.files import sha256, sync
-from train.pieces import DTYPE_NAMES, Piece, as_bytes, cut
-from train.safetensors_writer import Entry, write_safetensors
-
-_ALIGNMENT = 64  # bytes between the starts of buffered pieces: a cache line, and a multiple of every item
+from train.host_buffer import HostBuffer, aligned
+from train.pieces import Piece
+from train.rank_files import Attempt, RankFile, plan_files, write_file
 
 
 @dataclass(frozen=True)
@@ -60,52 +57,6 @@ class SaveReport:
     pause_seconds: float  # of the whole call, waiting included
 
 
-@dataclass
-class _File:
-    """A file to be written: pieces of one stem, all buffered or none."""
-
-    name: str
-    buffered: bool
-    pieces: list[Piece] = field(default_factory=list)
-    num_bytes: int = 0
-
-
-@dataclass
-class _Attempt:
-    """One checkpoint that this rank is writing."""
-
-    step: int
-    temporary: Path
-    final: Path
-    num_bytes: int
-    files: dict[str, Any] = field(default_factory=dict)
-    tensors: dict[str, Any] = field(default_factory=dict)
-
-
-class HostBuffer:
-    """Host memory that pieces are copied into; pinned where there is a GPU. Made at the first save and used again."""
-
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-
-    def copy(self, pieces: Sequence[Piece]) -> list[Piece]:
-        """The same pieces with data in this buffer, valid until the next call."""
-        starts, size = [], 0
-        for piece in pieces:
-            starts.append(size)
-            size += -(-piece.num_bytes // _ALIGNMENT) * _ALIGNMENT
-        if size > len(self._bytes):
-            self._bytes = torch.empty(0, dtype=torch.uint8)  # free the old one first
-            self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        copies = []
-        for piece, start in zip(pieces, starts, strict=True):
-            place = self._bytes[start : start + piece.num_bytes].view(piece.data.dtype).view(piece.data.shape)
-            copies.append(Piece(piece.name, piece.shape, piece.start, place.copy_(piece.data, non_blocking=True)))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return copies
-
-
 class CheckpointWriter:
     """Writes the checkpoints of one rank below `folder`, one at a time. A context manager that drains at its end.
 
@@ -125,7 +76,7 @@ class CheckpointWriter:
         self._buffer = HostBuffer()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self._last: _Attempt | None = None
+        self._last: Attempt | None = None
         self._count = 0
 
     def __enter__(self) -> "CheckpointWriter":
@@ -133,6 +84,13 @@ class CheckpointWriter:
 
     def __exit__(self, *_: object) -> None:
         self.drain()
+
+    def prepare(self, pieces: Iterable[Piece]) -> None:
+        """Make the buffers for pieces such as these, in a thread, so that the first save need not wait for them."""
+        if self.options.asynchronous:
+            files = plan_files(pieces, self.place.rank, self.options.file_bytes, self.options.buffer_bytes)
+            buffered = [piece for file in files if file.buffered for piece in file.pieces]
+            self._buffer.reserve(sum(aligned(piece.num_bytes) for piece in buffered))
 
     def save(self, step: int, pieces: Iterable[Piece], state: Mapping[str, Any], final: bool = False) -> SaveReport:
         """Write the checkpoint of `step`, unless it is there already, and remove all but the newest.
@@ -154,7 +112,7 @@ class CheckpointWriter:
             self._count += 1
             name = f"step_{step:08d}"
             temporary = self.folder / f".{name}.{self.place.attempt}-{self._count}.tmp"
-            self._last = attempt = _Attempt(step, temporary, self.folder / name, report.num_bytes)
+            self._last = attempt = Attempt(step, temporary, self.folder / name, report.num_bytes)
             self._write(attempt, pieces, dict(state), final, report)
         report.pause_seconds = time.perf_counter() - started
         return report
@@ -183,7 +141,7 @@ class CheckpointWriter:
         return (self.folder / f"step_{step:08d}" / MANIFEST).exists()
 
     def _write(
-        self, attempt: _Attempt, pieces: list[Piece], state: dict[str, Any], final: bool, report: SaveReport
+        self, attempt: Attempt, pieces: list[Piece], state: dict[str, Any], final: bool, report: SaveReport
     ) -> None:
         """What has to be done now; the rest in a thread, or now as well."""
         now = final or not self.options.asynchronous
@@ -201,7 +159,7 @@ class CheckpointWriter:
                 file.pieces = [next(copies) for _ in file.pieces]
             for file in files:
                 if not file.buffered:
-                    _write_file(attempt, file)
+                    write_file(attempt, file)
                     report.in_place_bytes += file.num_bytes
             if now:
                 self._finish(attempt, later, state, final)
@@ -215,7 +173,7 @@ class CheckpointWriter:
             )
             self._thread.start()
 
-    def _finish_in_thread(self, attempt: _Attempt, files: list[_File], state: dict[str, Any]) -> None:
+    def _finish_in_thread(self, attempt: Attempt, files: list[RankFile], state: dict[str, Any]) -> None:
         try:
             self._finish(attempt, files, state, final=False)
         except (OSError, UnfinishedCheckpointError) as error:
@@ -224,10 +182,10 @@ class CheckpointWriter:
         except BaseException as error:  # a mistake of this program: raised by the next call
             self._failure = error
 
-    def _finish(self, attempt: _Attempt, files: list[_File], state: dict[str, Any], final: bool) -> None:
+    def _finish(self, attempt: Attempt, files: list[RankFile], state: dict[str, Any], final: bool) -> None:
         """Write what is buffered, bring all to the disk, and say so; rank 0 makes a checkpoint of it."""
         for file in files:
-            _write_file(attempt, file)
+            write_file(attempt, file)
         if self.place.rank == 0:
             path = attempt.temporary / STATE
             path.write_text(json.dumps({"schema_version": SCHEMA_VERSION, "step": attempt.step, **state}))
@@ -242,7 +200,7 @@ class CheckpointWriter:
         elif final and not was_committed(attempt.temporary, attempt.final, timeout):
             raise UnfinishedCheckpointError("rank 0 gave it up")
 
-    def _abandon(self, attempt: _Attempt, error: BaseException) -> None:
+    def _abandon(self, attempt: Attempt, error: BaseException) -> None:
         if self.place.rank == 0:
             give_up(attempt.temporary)
             return
@@ -263,44 +221,6 @@ class CheckpointWriter:
         if final:
             raise OSError(message) from error
         print(f"warning: {message}; training goes on", file=sys.stderr, flush=True)
-
-
-def plan_files(pieces: Iterable[Piece], rank: int, file_bytes: int, buffer_bytes: int) -> list[_File]:
-    """The file of each piece, by stem, and whether it goes through the buffers: small ones first, while they fit."""
-    parts = [part for piece in pieces for part in cut(piece, file_bytes) if part.numel or part.is_whole]
-    buffered: set[int] = set()
-    for index, part in sorted(enumerate(parts), key=lambda item: item[1].num_bytes):
-        size = -(-part.num_bytes // _ALIGNMENT) * _ALIGNMENT
-        if not part.in_place and buffer_bytes > 0 and size <= buffer_bytes:
-            buffered.add(index)
-            buffer_bytes -= size
-    files: list[_File] = []
-    filling: dict[tuple[str, bool], _File] = {}
-    count: dict[str, int] = {}
-    for index, part in enumerate(parts):
-        stem = part.name.split(".", 1)[0]
-        file = filling.get((stem, index in buffered))
-        if file is None or file.num_bytes + part.num_bytes > file_bytes:
-            number = count[stem] = count.get(stem, -1) + 1
-            name = f"{stem}.rank{rank:05d}{f'-{number}' if number else ''}.safetensors"
-            file = filling[stem, index in buffered] = _File(name, index in buffered)
-            files.append(file)
-        file.pieces.append(part)
-        file.num_bytes += part.num_bytes
-    return files
-
-
-def _write_file(attempt: _Attempt, file: _File) -> None:
-    entries = []
-    for piece in file.pieces:
-        name = piece.name.split(".", 1)[1]
-        key = name if piece.is_whole else f"{name}@{piece.start}"
-        dtype = DTYPE_NAMES[piece.data.dtype]
-        shape = piece.shape if piece.is_whole else (piece.numel,)
-        entries.append(Entry(key, dtype, piece.data.element_size(), shape, as_bytes(piece.data)))
-        tensor = attempt.tensors.setdefault(piece.name, {"shape": list(piece.shape), "dtype": dtype, "pieces": []})
-        tensor["pieces"].append([file.name, key, piece.start, piece.numel])
-    attempt.files[file.name] = write_safetensors(attempt.temporary / file.name, entries)
 
 
 def _free_bytes(folder: Path) -> int:

@@ -29,6 +29,7 @@ from train.progress import Progress
 from train.run_folder import RunFolder, write_record
 from train.schedule import lr_scale
 from train.shards import PreparedData
+from train.snapshot import prepare as prepare_saves
 from train.snapshot import resume, save
 from train.start import check_model, check_tokenizer
 from train.statistics import StepStatistics
@@ -125,6 +126,8 @@ def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
         Progress(config.log.progress, folder.path.name, first_step, max_steps) as progress,
         CheckpointWriter(folder.checkpoints, cfg.writer_options) as writer,
     ):
+        if cfg.checkpoint_interval and first_step + cfg.checkpoint_interval < max_steps:
+            prepare_saves(writer, engine, memory, average)
         for step in range(first_step, max_steps):
             micro_batches, num_targets = _micro_batches(batches.batch(step), cfg.micro_batch_size, device)
             nats = 0.0

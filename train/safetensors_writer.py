@@ -5,25 +5,38 @@ The format: the length of the header (8 bytes, little-endian), the header as JSO
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from train.pieces import DTYPE_NAMES, as_bytes
 
 CHUNK_BYTES = 8 << 20  # hashed, written and, from a GPU, fetched at once; hashing runs at full speed from 1 MiB on
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file; `data` are its bytes, (num_bytes,) uint8, on any device."""
+    """One tensor of a file; `chunks` gives its bytes, in their order, as uint8 tensors on any device."""
 
     key: str
-    dtype: str  # as safetensors names it
-    item_bytes: int
+    dtype: torch.dtype
     shape: tuple[int, ...]
-    data: Tensor
+    chunks: Callable[[], Iterable[Tensor]]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def entry_of(key: str, shape: tuple[int, ...], data: Tensor) -> Entry:
+    """The entry of a contiguous tensor, under another shape."""
+    return Entry(key, data.dtype, shape, lambda: as_bytes(data).split(CHUNK_BYTES))
 
 
 def write_safetensors(path: Path, entries: Sequence[Entry]) -> dict[str, Any]:
@@ -32,7 +45,9 @@ def write_safetensors(path: Path, entries: Sequence[Entry]) -> dict[str, Any]:
     Raises:
         OSError: for example on a full disk.
     """
-    entries = sorted(entries, key=lambda entry: (-entry.item_bytes, entry.key))  # wide items first keeps all aligned
+    entries = sorted(
+        entries, key=lambda entry: (-entry.dtype.itemsize, entry.key)
+    )  # wide items first keeps all aligned
     digest, size = hashlib.sha256(), 0
     with open(path, "xb", buffering=0) as file:
         for view in _chunks(entries):
@@ -46,16 +61,23 @@ def write_safetensors(path: Path, entries: Sequence[Entry]) -> dict[str, Any]:
 def _chunks(entries: Sequence[Entry]) -> Iterator[memoryview]:
     yield memoryview(_header(entries))
     for entry in entries:
-        for chunk in entry.data.split(CHUNK_BYTES):
+        size = 0
+        for chunk in entry.chunks():
+            size += len(chunk)
             yield chunk.cpu().numpy().data
+        assert size == entry.num_bytes, f"{entry.key} has {size} bytes, its header says {entry.num_bytes}"
 
 
 def _header(entries: Sequence[Entry]) -> bytes:
     table: dict[str, Any] = {}
     offset = 0
     for entry in entries:
-        end = offset + len(entry.data)
-        table[entry.key] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
+        end = offset + entry.num_bytes
+        table[entry.key] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(table).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of 8 bytes

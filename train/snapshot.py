@@ -45,6 +45,11 @@ def pieces(engine: Engine, memory: Memory, average: WeightAverage | None, rank: 
     return own
 
 
+def prepare(writer: CheckpointWriter, engine: Engine, memory: Memory, average: WeightAverage | None) -> None:
+    """Let the writer make its buffers; see `CheckpointWriter.prepare`."""
+    writer.prepare(pieces(engine, memory, average, writer.place.rank))
+
+
 def save(
     writer: CheckpointWriter,
     step: int,

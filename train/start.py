@@ -18,6 +18,7 @@ from models.memory_table import LocalTable
 from models.transformer import Transformer
 from train import checkpoint
 from train.checkpoint_folder import newest
+from train.files import sha256 as sha256_of
 from train.identity import differing_settings, to_plain
 from train.shards import COMPRESSION_TABLE, TOKENIZER, DataError, PreparedData, prepared_folders
 
@@ -42,7 +43,7 @@ def weights_sha256(folder: Path) -> str:
     Raises:
         ValueError: there is no checkpoint, or its manifest is damaged.
     """
-    path = _newest(folder)
+    path = weights_of(folder)
     files = checkpoint.read_manifest(path, _remedy(folder)).files
     sums = {name: entry["sha256"] for name, entry in files.items() if _holds_weights(name)}
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
@@ -100,7 +101,7 @@ def recorded_tokenizer(folder: Path, roots: Iterable[Path]) -> RecordedTokenizer
         folder: of an import or of a run.
         roots: folders of prepared data to look in.
     """
-    path = _newest(folder)
+    path = weights_of(folder)
     state: dict[str, Any] = json.loads(
         checkpoint.verified_files(path, _remedy(folder), "state.json")["state.json"].read_text()
     )
@@ -113,7 +114,11 @@ def recorded_tokenizer(folder: Path, roots: Iterable[Path]) -> RecordedTokenizer
             if sha256 is None:
                 compression = sums[COMPRESSION_TABLE]
             return RecordedTokenizer(sums[TOKENIZER], compression, fingerprint, prepared / TOKENIZER)
-    return None if sha256 is None else RecordedTokenizer(sha256, compression, fingerprint, None)
+    if sha256 is None:
+        return None
+    enclosed = folder / TOKENIZER  # of an export
+    found_here = enclosed.is_file() and sha256_of(enclosed) == sha256
+    return RecordedTokenizer(sha256, compression, fingerprint, enclosed if found_here else None)
 
 
 def tokenizer_for(folder: Path, config: "Config") -> str | None:
@@ -198,7 +203,7 @@ def load_weights(folder: Path, sha256: str | None, model: Transformer, tables: M
     says nothing keep their random rows: those of an import, whose value projections are zero.
 
     Args:
-        folder: of an import (`train.importing`) or of a run.
+        folder: of an import (`train.importing`), of an export (`train.export`) or of a run.
         sha256: `weights_sha256` of it when the run was planned.
         model: with exactly the names and shapes of the folder's.
         tables: {layer: table}.
@@ -211,7 +216,7 @@ def load_weights(folder: Path, sha256: str | None, model: Transformer, tables: M
             f"init_from={folder} no longer holds the weights of init_sha256={sha256}; restore them, or set "
             "init_sha256=null and another run_dir to start from those that it holds now"
         )
-    path = _newest(folder)
+    path = weights_of(folder)
     for pattern in WEIGHTS:
         checkpoint.verified_files(path, _remedy(folder), pattern)
     found = checkpoint.Checkpoint(path, _remedy(folder))
@@ -247,8 +252,12 @@ def _check_fits(found: checkpoint.Checkpoint, own: Mapping[str, torch.Tensor], f
         )
 
 
-def _newest(folder: Path) -> Path:
-    """The checkpoint to start from; an export is one itself."""
+def weights_of(folder: Path) -> Path:
+    """The newest checkpoint of a run or an import; an export is one itself.
+
+    Raises:
+        ValueError: there is none.
+    """
     path = folder if (folder / checkpoint.MANIFEST).is_file() else newest(folder / "checkpoints")
     if path is None:
         raise ValueError(

@@ -21,7 +21,6 @@ from models.initialize import initialize
 from models.ngram_hash import num_rows
 from models.transformer import Transformer, TransformerConfig
 from train.checkpoint import Checkpoint, verified_files
-from train.checkpoint_folder import newest
 from train.checkpoint_writer import CheckpointWriter
 from train.config import Config, compose_config, load_config, to_yaml
 from train.data import DataConfig
@@ -35,7 +34,7 @@ from train.loop import TrainConfig
 from train.optim import OptimConfig
 from train.pieces import whole
 from train.run_folder import write_record
-from train.start import FREE_SETTINGS, recorded_tokenizer
+from train.start import FREE_SETTINGS, recorded_tokenizer, weights_of
 from train.tokenizer import load_tokenizer
 
 # Longest window of the configuration that is written for a foreign model, in tokens: that of the papers' pre-training
@@ -152,9 +151,10 @@ def _continued_optim() -> OptimConfig:
 
 def _our_own(folder: Path) -> Origin:
     config = load_config(folder / "config.yaml")
-    path = newest(folder / "checkpoints")
-    if path is None:
-        raise SourceError(f"{folder} holds no checkpoint; give a run that kept its last one")
+    try:
+        path = weights_of(folder)
+    except ValueError:
+        raise SourceError(f"{folder} holds no checkpoint; give a run that kept its last one") from None
     if config.model.memory is not None:
         raise SourceError(f"{folder} is of a model that has a memory already; go on with make continue FROM={folder}")
     remedy = "give another checkpoint"
