@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from scripts.bench_checkpoint import anonymous_bytes, peak_of
 from tests.faults import KILL_MOMENTS, full_disk, in_child, kill_at
 from tests.writing_ranks import STATE, deal, same, tensors, write
 from train import rank_files
@@ -245,3 +246,43 @@ def test_leftovers_are_removed_but_the_present_attempt_stays(tmp_path: Path) -> 
         (tmp_path / name).mkdir()
     remove_leftovers(tmp_path, keep=".step_00000003.a-1.tmp")
     assert [path.name for path in tmp_path.iterdir()] == [".step_00000003.a-1.tmp"]
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_large_table_is_never_held_twice(tmp_path: Path, mapped: bool) -> None:
+    """48 MiB of rows and moments, saved with 1 MiB of buffers and loaded: 12 MiB beside them are enough."""
+    rows, width, allowed = 2**16, 64, 12 << 20
+
+    def work() -> None:
+        table = {}
+        for name in ("weight", "exp_avg", "exp_avg_sq"):
+            file = str(tmp_path / f"{name}.bin")
+            table[name] = torch.from_file(file, shared=True, size=rows * width) if mapped else torch.empty(rows * width)
+            table[name] = table[name].view(rows, width).fill_(1.5)
+        before = anonymous_bytes()
+
+        def save() -> None:
+            with CheckpointWriter(tmp_path / "c", WriterOptions(buffer_bytes=0 if mapped else 1 << 20)) as writer:
+                own = [whole(f"table_1.{name}", tensor, in_place=mapped) for name, tensor in table.items()]
+                writer.save(1, own, {})
+
+        def read() -> None:
+            found = load_latest(tmp_path / "c")
+            assert found is not None
+            for name, tensor in table.items():
+                found.read(f"table_1.{name}", out=tensor.zero_())
+
+        for task in (save, read):
+            assert peak_of(task) < before + allowed
+        assert all(bool((tensor == 1.5).all()) for tensor in table.values())
+
+    assert in_child(work) == 0
+
+
+def test_the_memory_is_really_looked_at() -> None:
+    def work() -> None:
+        held = torch.ones(32 << 20, dtype=torch.uint8)
+        time.sleep(0.1)
+        del held
+
+    assert peak_of(work) > anonymous_bytes() + (16 << 20)
