@@ -68,6 +68,10 @@ continue: $(STAMP) ## train on from an import's or a run's weights (FROM=imports
 	$(call need,FROM,imports/mine)
 	@$(BIN)/python -m train.pretrain --config-path "$(FROM)" --config-name config init_from="$(FROM)" init_sha256=null init_changes=[] run_dir="$(FROM:%/=%)-continued" $(ARGS)
 
+export: $(STAMP) ## the newest weights of a run in one folder of safetensors, to hand on (RUN=runs/mine TO=exports/mine ARGS="--average")
+	$(call need,RUN,runs/mine)$(call need,TO,exports/mine)
+	@$(BIN)/python -m train.export "$(RUN)" "$(TO)" $(ARGS)
+
 generate: export ENGRAM_PROMPT = $(value PROMPT)
 generate: $(STAMP) ## continue a text with a trained model (RUN=runs/mine PROMPT='def main(')
 	$(call need,RUN,runs/mine)
@@ -104,5 +108,5 @@ test-distributed-full: $(STAMP) ## every combination of ranks, ZeRO stages, expe
 clean: ## remove caches (not data/, not runs/)
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache build *.egg-info; find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup sweep test sweep-plan sweep-long ladder ladder-plan smoke report prepare train import continue generate params bench bench-gpu \
+.PHONY: help setup sweep test sweep-plan sweep-long ladder ladder-plan smoke report prepare train import continue export generate params bench bench-gpu \
 	calibrate check format test-slow test-distributed-full clean

@@ -28,8 +28,9 @@ STARTUP_SECONDS = 6.0  # imports, opening the data, building the model; measured
 AVERAGE_BYTES = 4  # fp32 copy of every weight and row where train.ema_decay > 0
 ROW_STEP_BYTES = 4  # int32 of each row of an average: the step it is up to date with
 CHECKPOINT_FIXED_BYTES = 100_000  # tensor names, manifest, random-number state; measured 41 kB on conf/model/tiny.yaml
-# Resident bytes of a training process: weight, gradient, two moments in fp32 per parameter, and the libraries.
-PROCESS_BYTES_PER_PARAM = 16
+# Resident bytes of a training process: weight, gradient, two moments in fp32 per parameter, the copy of weight and
+# moments that a checkpoint is written from, and the libraries.
+PROCESS_BYTES_PER_PARAM = 28
 PROCESS_BYTES = 1_500_000_000
 
 

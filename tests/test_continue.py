@@ -19,7 +19,7 @@ from models.rotary import YarnConfig
 from models.transformer import Transformer
 from tests.test_import import imported, logits, make_theirs
 from tests.tiny_run import VOCAB, final_tensors, make, run, without_clock
-from train.checkpoint import DamagedCheckpointError
+from train.checkpoint import DamagedCheckpointError, sign
 from train.config import Config, compose_config, config_hash, load_config, resolve, validate
 from train.data import DataConfig, DataSource, validation_batches
 from train.files import read_records
@@ -203,15 +203,15 @@ def test_identity_is_that_of_the_weights_not_of_their_place(
     assert config_hash(fresh) != config_hash(here)
     manifest = moved / "checkpoints" / "step_00000003" / "manifest.json"
     files = json.loads(manifest.read_text())
-    files["files"]["optim.safetensors"]["sha256"] = "0"
-    manifest.write_text(json.dumps(files))
+    files["files"]["optim.rank00000.safetensors"]["sha256"] = "0"
+    write_signed(manifest, files)
     assert weights_sha256(moved) == here.init_sha256  # optimizer states do not count
-    files["files"]["model.safetensors"]["sha256"] = "0"
-    manifest.write_text(json.dumps(files))
+    files["files"]["model.rank00000.safetensors"]["sha256"] = "0"
+    write_signed(manifest, files)
     with pytest.raises(ValueError, match="no longer holds the weights of init_sha256"):
         run(there)
     there.init_sha256 = None
-    with pytest.raises(DamagedCheckpointError, match=r"model.safetensors is not what was written"):
+    with pytest.raises(DamagedCheckpointError, match=r"model.rank00000.safetensors is not what was written"):
         run(resolve(there))
 
 
@@ -227,7 +227,7 @@ def test_weights_that_do_not_fit_are_named(data_root: Path, finished: Path, tmp_
     with pytest.raises(ValueError, match=r"model.engram.table_size: 101 -> 50 would change what the weights"):
         run(cfg)
     cfg.init_changes = ["model.engram"]
-    with pytest.raises(ValueError, match=r"table_1.safetensors holds rows of shape .* this model's memory needs"):
+    with pytest.raises(ValueError, match=r"table_1.weight holds rows of shape .* this model's memory needs"):
         run(cfg)
     with pytest.raises(ValueError, match=r"must not be init_from=.*-continued"):
         validate(continued(data_root, finished, finished))
@@ -356,7 +356,12 @@ def rewrite_state(folder: Path, **changes: str | None) -> None:
     (newest / "state.json").write_bytes(text)
     manifest = json.loads((newest / "manifest.json").read_text())
     manifest["files"]["state.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
-    (newest / "manifest.json").write_text(json.dumps(manifest))
+    write_signed(newest / "manifest.json", manifest)
+
+
+def write_signed(path: Path, manifest: dict[str, Any]) -> None:
+    manifest.pop("manifest_sha256", None)
+    path.write_text(json.dumps(sign(manifest)))
 
 
 def test_an_import_remembers_its_tokenizer(data_root: Path, finished: Path, tmp_path: Path) -> None:

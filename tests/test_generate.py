@@ -27,7 +27,7 @@ def test_generation_is_causal_and_uses_the_memory(data_root: Path, tmp_path: Pat
     cfg.train.max_steps = 30
     run(cfg)
     prepared = open_prepared(cfg.data)
-    state = load_file(sorted((tmp_path / "run").glob("checkpoints/step_*"))[-1] / "model.safetensors")
+    state = load_file(sorted((tmp_path / "run").glob("checkpoints/step_*"))[-1] / "model.rank00000.safetensors")
     model = build_model(cfg.model, 0, torch.device("cpu"))
     model.load_state_dict(state)
     memory = build_memory(cfg, prepared, torch.device("cpu"))
@@ -59,10 +59,10 @@ def test_generation_uses_the_averages(data_root: Path, tmp_path: Path) -> None:
 
     assert loss() == pytest.approx(result["val_loss"], rel=1e-6)
     newest = sorted((tmp_path / "run").glob("checkpoints/step_*"))[-1]
-    model.load_state_dict(load_file(newest / "model.safetensors"))
+    model.load_state_dict(load_file(newest / "model.rank00000.safetensors"))
     assert loss() != pytest.approx(result["val_loss"], rel=1e-6)
     model, memory, prepared = load(tmp_path / "run")
-    memory.tables[1].load_state_shards(load_file(newest / "table_1.safetensors"))
+    memory.tables[1].load_state_shards(load_file(newest / "table_1.rank00000.safetensors"))
     assert loss() != pytest.approx(result["val_loss"], rel=1e-6)
 
 
@@ -74,8 +74,8 @@ def test_generation_says_in_one_line_what_is_wrong(
     run(cfg)
     arguments = [str(tmp_path / "run"), "import "]
     if damage == "checkpoint":
-        next((tmp_path / "run").glob("checkpoints/*/model.safetensors")).write_bytes(b"short")
-        named = "model.safetensors is not what was written"
+        next((tmp_path / "run").glob("checkpoints/*/model.rank00000.safetensors")).write_bytes(b"short")
+        named = "model.rank00000.safetensors is not what was written"
     elif damage == "data":
         text = (tmp_path / "run" / "config.yaml").read_text()
         (tmp_path / "run" / "config.yaml").write_text(text.replace(str(data_root), str(tmp_path / "nothing")))

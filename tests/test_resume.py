@@ -307,9 +307,11 @@ def test_damaged_checkpoint_is_named_and_nothing_is_overwritten(data_root: Path,
     cfg = make(data_root, tmp_path / "run")
     run(cfg)
     (tmp_path / "run" / "result.json").unlink()
-    victim = tmp_path / "run" / "checkpoints" / "step_00000008" / "table_1.safetensors"
+    victim = tmp_path / "run" / "checkpoints" / "step_00000008" / "table_1.rank00000.safetensors"
     victim.write_bytes(victim.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"table_1.safetensors is not what was written"):
+    with pytest.raises(
+        ValueError, match=r"no checkpoint that is whole: .*table_1.rank00000.safetensors is not what was written"
+    ):
         run(cfg)
     assert victim.exists()
 

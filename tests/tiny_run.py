@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from models.attention import AttentionConfig
 from models.engram import EngramConfig
 from models.moe import MoEConfig
 from models.router import RouterConfig
 from models.transformer import TransformerConfig
+from train.checkpoint import Checkpoint
+from train.checkpoint_folder import newest
 from train.config import Config, config_hash, to_yaml, validate
 from train.data import DataConfig
 from train.execution import EngineConfig, Precision
@@ -56,8 +57,10 @@ def run(cfg: Config) -> dict[str, Any]:
 
 
 def final_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
-    newest = sorted(run_dir.glob("checkpoints/step_*"))[-1]
-    return {f"{f.stem}.{k}": v for f in sorted(newest.glob("*.safetensors")) for k, v in load_file(f).items()}
+    path = newest(run_dir / "checkpoints")
+    assert path is not None
+    found = Checkpoint(path)
+    return {name: found.tensor(name) for name in found.tensors}
 
 
 def without_clock(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

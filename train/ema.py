@@ -18,6 +18,23 @@ from models.memory_table import LocalTable
 from train.optimizer_state import check_names
 
 
+def decays(decay: float, max_steps: int) -> Tensor:
+    """d_t of steps 1 to `max_steps`, (max_steps,) fp64."""
+    steps = torch.arange(1, max_steps + 1, dtype=torch.float64)
+    return torch.minimum(torch.tensor(decay, dtype=torch.float64), (1 + steps) / (10 + steps))
+
+
+def log_products(decay: float, max_steps: int) -> Tensor:
+    """Logarithm of the product of all decays up to and including step t, for t from 0; (max_steps + 1,) fp64."""
+    return torch.cat([torch.zeros(1, dtype=torch.float64), decays(decay, max_steps).log().cumsum(0)])
+
+
+def up_to_date(weight: Tensor, average: Tensor, last: Tensor, step: int, log_product: Tensor) -> Tensor:
+    """Averages (..., M) after `step` steps of rows that had `average` after step `last` (...), and `weight` since."""
+    elapsed = log_product[step] - log_product[last.long()]
+    return weight + (average - weight) * elapsed.exp().float().unsqueeze(-1)
+
+
 class WeightAverage:
     """Averages of a model and its tables.
 
@@ -35,10 +52,8 @@ class WeightAverage:
         self.rows = {layer: table.weight.clone() for layer, table in tables.items()}
         # (rows,) step at which each row's average was last brought up to date
         self.last = {layer: torch.zeros_like(table.step) for layer, table in tables.items()}
-        steps = torch.arange(1, max_steps + 1, dtype=torch.float64)
-        self._decays = torch.minimum(torch.tensor(decay, dtype=torch.float64), (1 + steps) / (10 + steps))
-        # (max_steps + 1,) logarithm of the product of all decays up to and including step t
-        log_product = torch.cat([torch.zeros(1, dtype=torch.float64), self._decays.log().cumsum(0)])
+        self._decays = decays(decay, max_steps)
+        log_product = log_products(decay, max_steps)
         self._log_product = {layer: log_product.to(table.weight.device) for layer, table in tables.items()}
         self.step = 0
         self._touched: dict[int, Tensor] = {}
@@ -62,9 +77,9 @@ class WeightAverage:
     def read(self, layer: int, row_ids: Tensor) -> Tensor:
         """Averaged rows as of now: row_ids (...) -> (..., M)."""
         weight = self.tables[layer].weight[row_ids]
-        log_product = self._log_product[layer]
-        elapsed = log_product[self.step] - log_product[self.last[layer][row_ids].long()]
-        return weight + (self.rows[layer][row_ids] - weight) * elapsed.exp().float().unsqueeze(-1)
+        return up_to_date(
+            weight, self.rows[layer][row_ids], self.last[layer][row_ids], self.step, self._log_product[layer]
+        )
 
     @contextmanager
     def applied(self) -> Iterator[None]:

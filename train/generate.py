@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from train import checkpoint
 from train.build import Memory, build_memory, build_model
+from train.checkpoint_folder import load_latest
 from train.ema import WeightAverage
-from train.optimizer_state import check_names
 from train.prepare import open_prepared
 from train.shards import PreparedData
-from train.snapshot import check_data
+from train.snapshot import check_data, fill, load_average, load_tables
 from train.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ def load(run_dir: Path) -> tuple["Transformer", Memory, PreparedData]:
 
     if not (run_dir / "config.yaml").is_file():
         raise ValueError(f"{run_dir} is not a run's folder (no config.yaml); give the run_dir of a `make train`")
-    found = checkpoint.load_latest(run_dir / "checkpoints")
+    found = load_latest(run_dir / "checkpoints")
     if found is None:
         raise ValueError(
             f"{run_dir} holds no checkpoint: it has not come that far, or was a trial of a sweep, which keeps none "
@@ -87,15 +86,12 @@ def load(run_dir: Path) -> tuple["Transformer", Memory, PreparedData]:
     check_data(found, prepared, run_dir)
     device = torch.device("cpu")
     model = build_model(config.model, config.seed, device)
-    state = dict(found.tensors["model"])
-    check_names(model.state_dict(), state)
-    model.load_state_dict(state)
+    fill(found, "model", model.state_dict())
     memory = build_memory(config, prepared, device)
-    for layer, table in memory.local_tables.items():
-        table.load_state_shards(dict(found.tensors[f"table_{layer}"]))
-    if "average" in found.tensors:
+    load_tables(found, memory)
+    if found.names("average"):
         average = WeightAverage(model, memory.local_tables, config.train.ema_decay, config.train.max_steps)
-        average.load_state_tensors(found.tensors["average"], found.step)
+        load_average(found, average)
         average.replace_weights()
     return model, memory, prepared
 

@@ -15,7 +15,13 @@ _NOT_IDENTITY: dict[tuple[str, ...], tuple[str, ...]] = {
     # The weights to start from count by their content, init_sha256; init_changes only lets a setting pass a check.
     (): ("run_dir", "log", "schema_version", "init_from", "init_changes"),
     ("data",): ("root",),
-    ("train",): ("checkpoint_interval", "keep_checkpoints", "final_checkpoint"),
+    ("train",): (
+        "checkpoint_interval",
+        "keep_checkpoints",
+        "final_checkpoint",
+        "async_checkpoint",
+        "checkpoint_buffer_gib",
+    ),
 }
 
 # Settings that came after runs had been recorded, each with the value that stands for what was computed before. At that

@@ -1,5 +1,6 @@
 """The training loop: one function, read top to bottom."""
 
+import math
 import os
 import platform
 import signal
@@ -15,8 +16,9 @@ import torch
 
 from models.accounting import count_parameters, flops_per_token
 from models.transformer import Output
-from train import checkpoint
 from train.build import Memory, build_engine, build_memory, forward
+from train.checkpoint_folder import newest
+from train.checkpoint_writer import CheckpointWriter, WriterOptions
 from train.data import Batch, TrainBatches, check_fits, validation_batches
 from train.ema import WeightAverage
 from train.engine import Engine
@@ -30,6 +32,7 @@ from train.ranks import ALONE, Ranks
 from train.run_folder import RunFolder
 from train.schedule import lr_scale
 from train.shards import PreparedData
+from train.snapshot import prepare as prepare_saves
 from train.snapshot import resume, save
 from train.start import check_model, check_tokenizer
 from train.statistics import StepStatistics
@@ -49,8 +52,17 @@ class TrainConfig:
     eval_tokens: int = 262_144  # validation tokens, the same windows for every run
     checkpoint_interval: int = 200  # steps between checkpoints; 0: none
     keep_checkpoints: int = 1  # newest ones kept
+    async_checkpoint: bool = True  # write checkpoints beside the training, from a copy in memory
+    checkpoint_buffer_gib: float = 2.0  # GiB of memory for that copy, at most; training waits for what exceeds it
     final_checkpoint: bool = True  # keep one after the last step (for generation, continuing)
     ema_decay: float = 0.0  # weight average used for validation, per step; 0: off
+
+    @property
+    def writer_options(self) -> WriterOptions:
+        """How checkpoints are written."""
+        return WriterOptions(
+            self.keep_checkpoints, self.async_checkpoint, buffer_bytes=int(self.checkpoint_buffer_gib * 2**30)
+        )
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "global_batch_tokens", "micro_batch_size", "eval_tokens", "keep_checkpoints"):
@@ -59,6 +71,10 @@ class TrainConfig:
         for name in ("eval_interval", "checkpoint_interval"):
             if getattr(self, name) < 0:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be >= 0; 0 switches it off")
+        if not 0.0 <= self.checkpoint_buffer_gib < math.inf:
+            raise ValueError(
+                f"train.checkpoint_buffer_gib={self.checkpoint_buffer_gib} must be >= 0 and finite; usual: 2"
+            )
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"train.ema_decay={self.ema_decay} must lie in [0, 1); 0 switches it off, 0.99 is usual")
 
@@ -88,7 +104,7 @@ def train(config: "Config", folder: RunFolder, identity: str, ranks: Ranks = ALO
     torch.manual_seed(config.seed)
     device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
-    resuming = checkpoint.newest(folder.checkpoints) is not None
+    resuming = newest(folder.checkpoints) is not None
     start = Path(config.init_from) if config.init_from is not None and not resuming else None
     if start is not None:
         check_model(start, config)  # before data are prepared, which may take long
@@ -111,7 +127,10 @@ def train(config: "Config", folder: RunFolder, identity: str, ranks: Ranks = ALO
     with (
         Recorder(folder.metrics, config.log, identity[:12], settings, first_step, ranks.is_main) as recorder,
         Progress(config.log.progress and ranks.is_main, folder.path.name, first_step, max_steps) as progress,
+        CheckpointWriter(folder.checkpoints, cfg.writer_options) as writer,
     ):
+        if cfg.checkpoint_interval and first_step + cfg.checkpoint_interval < max_steps:
+            prepare_saves(writer, engine, memory, average)
         for step in range(first_step, max_steps):
             micro_batches, num_targets = _micro_batches(batches.batch(step), cfg.micro_batch_size, device, ranks)
             totals = torch.zeros(2, dtype=torch.float64, device=device)  # nats, and the loss with auxiliary terms
@@ -169,7 +188,7 @@ def train(config: "Config", folder: RunFolder, identity: str, ranks: Ranks = ALO
             if stopping or (cfg.checkpoint_interval and done % cfg.checkpoint_interval == 0 and done < max_steps):
                 state.train_seconds = time.perf_counter() - training_start
                 recorder.sync()  # a checkpoint never knows more steps than the metrics
-                save(folder, done, state, cfg.keep_checkpoints, engine, memory, average)
+                save(writer, done, state, engine, memory, average, stopping)
                 statistics.restart_clock()
             if stopping and done < max_steps:
                 folder.status("stopped", done, max_steps, "stopped by a signal; start it again to go on")
@@ -179,7 +198,7 @@ def train(config: "Config", folder: RunFolder, identity: str, ranks: Ranks = ALO
         evaluation = _evaluate(config, engine, memory, average, prepared, device, ranks)
         recorder.record(max_steps, {"val/loss": evaluation.loss, "val/bits_per_byte": evaluation.bits_per_byte})
     if cfg.final_checkpoint:
-        save(folder, max_steps, state, cfg.keep_checkpoints, engine, memory, average)
+        save(writer, max_steps, state, engine, memory, average, True)
     result = {
         "identity": identity,
         "val_loss": evaluation.loss,

@@ -24,8 +24,8 @@ def refresh_masters(optimizer: Any) -> None:
         master.data.copy_(optimizer.parallel_partitioned_bit16_groups[index][0].data)
 
 
-def check_names(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Compare a checkpoint's tensors with those of the live objects.
+def check_names(own: Mapping[str, Tensor], given: Mapping[str, Any]) -> None:
+    """Compare a checkpoint's tensors, or what is known of their shapes, with those of the live objects.
 
     Raises:
         ValueError: naming the first tensors that are missing, surplus, or of another shape.

@@ -8,22 +8,24 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 
 from models.memory_table import LocalTable
 from models.transformer import Transformer
 from train import checkpoint
+from train.checkpoint_folder import newest
+from train.files import sha256 as sha256_of
 from train.identity import differing_settings, to_plain
 from train.shards import COMPRESSION_TABLE, TOKENIZER, DataError, PreparedData, prepared_folders
 
 if TYPE_CHECKING:
     from train.config import Config
 
-WEIGHTS, TABLES = "model.safetensors", "table_*.safetensors"
+WEIGHTS = ("model*.safetensors", "table_*.safetensors")  # files of a checkpoint that hold weights
 
 # Settings of the model that leave the function of loaded weights as it is; every other one is theirs.
 FREE_SETTINGS = (
@@ -41,8 +43,8 @@ def weights_sha256(folder: Path) -> str:
     Raises:
         ValueError: there is no checkpoint, or its manifest is damaged.
     """
-    path = _newest(folder)
-    files = checkpoint.read_manifest(path, _remedy(folder))
+    path = weights_of(folder)
+    files = checkpoint.read_manifest(path, _remedy(folder)).files
     sums = {name: entry["sha256"] for name, entry in files.items() if _holds_weights(name)}
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
@@ -99,7 +101,7 @@ def recorded_tokenizer(folder: Path, roots: Iterable[Path]) -> RecordedTokenizer
         folder: of an import or of a run.
         roots: folders of prepared data to look in.
     """
-    path = _newest(folder)
+    path = weights_of(folder)
     state: dict[str, Any] = json.loads(
         checkpoint.verified_files(path, _remedy(folder), "state.json")["state.json"].read_text()
     )
@@ -112,7 +114,11 @@ def recorded_tokenizer(folder: Path, roots: Iterable[Path]) -> RecordedTokenizer
             if sha256 is None:
                 compression = sums[COMPRESSION_TABLE]
             return RecordedTokenizer(sums[TOKENIZER], compression, fingerprint, prepared / TOKENIZER)
-    return None if sha256 is None else RecordedTokenizer(sha256, compression, fingerprint, None)
+    if sha256 is None:
+        return None
+    enclosed = folder / TOKENIZER  # of an export
+    found_here = enclosed.is_file() and sha256_of(enclosed) == sha256
+    return RecordedTokenizer(sha256, compression, fingerprint, enclosed if found_here else None)
 
 
 def tokenizer_for(folder: Path, config: "Config") -> str | None:
@@ -197,7 +203,7 @@ def load_weights(folder: Path, sha256: str | None, model: Transformer, tables: M
     says nothing keep their random rows: those of an import, whose value projections are zero.
 
     Args:
-        folder: of an import (`train.importing`) or of a run.
+        folder: of an import (`train.importing`), of an export (`train.export`) or of a run.
         sha256: `weights_sha256` of it when the run was planned.
         model: with exactly the names and shapes of the folder's.
         tables: {layer: table}.
@@ -210,56 +216,59 @@ def load_weights(folder: Path, sha256: str | None, model: Transformer, tables: M
             f"init_from={folder} no longer holds the weights of init_sha256={sha256}; restore them, or set "
             "init_sha256=null and another run_dir to start from those that it holds now"
         )
-    path = _newest(folder)
-    weights = checkpoint.verified_files(path, _remedy(folder), WEIGHTS)
-    rows = checkpoint.verified_files(path, _remedy(folder), TABLES)
-    _copy(weights[WEIGHTS], dict(model.state_dict()), folder)
-    if not rows:
-        return
-    expected = {f"table_{layer}.safetensors": table for layer, table in tables.items()}
-    if rows.keys() != expected.keys():
+    path = weights_of(folder)
+    for pattern in WEIGHTS:
+        checkpoint.verified_files(path, _remedy(folder), pattern)
+    found = checkpoint.Checkpoint(path, _remedy(folder))
+    _check_fits(found, model.state_dict(), folder)
+    rows = sorted(name for name in found.tensors if name.startswith("table_") and name.endswith(".weight"))
+    expected = {f"table_{layer}.weight": table.weight for layer, table in tables.items()}
+    if rows and rows != sorted(expected):
         raise ValueError(
-            f"init_from={folder} holds {sorted(rows)}, this model's memory needs {sorted(expected)}; "
+            f"init_from={folder} holds {rows}, this model's memory needs {sorted(expected)}; "
             "continue with the model settings that wrote it"
         )
-    for name, table in expected.items():
-        with safe_open(rows[name], framework="pt") as file:
-            weight = file.get_tensor("weight")
-        if weight.shape != table.weight.shape:
+    for name in rows:
+        if found.tensors[name].shape != expected[name].shape:
             raise ValueError(
-                f"init_from={folder}: {name} holds rows of shape {tuple(weight.shape)}, this model's memory needs "
-                f"{tuple(table.weight.shape)}; continue with the model settings that wrote it"
+                f"init_from={folder}: {name} holds rows of shape {found.tensors[name].shape}, this model's memory "
+                f"needs {tuple(expected[name].shape)}; continue with the model settings that wrote it"
             )
-        table.weight.copy_(weight)
+    for name, tensor in model.state_dict().items():
+        found.read(f"model.{name}", out=tensor)
+    for name in rows:
+        found.read(name, out=expected[name])
 
 
-def _copy(path: Path, own: dict[str, torch.Tensor], folder: Path) -> None:
-    with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        missing, surplus = sorted(own.keys() - names), sorted(names - own.keys())
-        wrong = [n for n in sorted(names & own.keys()) if tuple(file.get_slice(n).get_shape()) != tuple(own[n].shape)]
-        if missing or surplus or wrong:
-            raise ValueError(
-                f"init_from={folder} does not fit this model: missing {missing[:3]} ({len(missing)}), surplus "
-                f"{surplus[:3]} ({len(surplus)}), other shapes {wrong[:3]} ({len(wrong)}); continue with the model "
-                "settings that wrote it, or add a memory to it first (make import)"
-            )
-        for name, tensor in own.items():
-            tensor.copy_(file.get_tensor(name))
+def _check_fits(found: checkpoint.Checkpoint, own: Mapping[str, torch.Tensor], folder: Path) -> None:
+    names = set(found.names("model"))
+    missing, surplus = sorted(own.keys() - names), sorted(names - own.keys())
+    wrong = [name for name in sorted(names & own.keys()) if found.tensors[f"model.{name}"].shape != own[name].shape]
+    if missing or surplus or wrong:
+        raise ValueError(
+            f"init_from={folder} does not fit this model: missing {missing[:3]} ({len(missing)}), surplus "
+            f"{surplus[:3]} ({len(surplus)}), other shapes {wrong[:3]} ({len(wrong)}); continue with the model "
+            "settings that wrote it, or add a memory to it first (make import)"
+        )
 
 
-def _newest(folder: Path) -> Path:
-    path = checkpoint.newest(folder / "checkpoints")
+def weights_of(folder: Path) -> Path:
+    """The newest checkpoint of a run or an import; an export is one itself.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = folder if (folder / checkpoint.MANIFEST).is_file() else newest(folder / "checkpoints")
     if path is None:
         raise ValueError(
-            f"init_from={folder} holds no checkpoint; give the folder of an import (make import) or of a run that "
-            "kept its last checkpoint"
+            f"init_from={folder} holds no checkpoint; give the folder of an import (make import), of an export "
+            "(make export) or of a run that kept its last checkpoint"
         )
     return path
 
 
 def _holds_weights(name: str) -> bool:
-    return name == WEIGHTS or Path(name).match(TABLES)
+    return any(fnmatch(name, pattern) for pattern in WEIGHTS)
 
 
 def _remedy(folder: Path) -> str:

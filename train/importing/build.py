@@ -20,8 +20,8 @@ from models.engram import Engram
 from models.initialize import initialize
 from models.ngram_hash import num_rows
 from models.transformer import Transformer, TransformerConfig
-from train import checkpoint
-from train.checkpoint import Checkpoint
+from train.checkpoint import Checkpoint, verified_files
+from train.checkpoint_writer import CheckpointWriter
 from train.config import Config, compose_config, load_config, to_yaml
 from train.data import DataConfig
 from train.files import atomic_write
@@ -29,11 +29,12 @@ from train.identity import differing_settings, to_plain
 from train.importing.configuration import read_settings, rope_is_interleaved, transformer_config
 from train.importing.layout import AS_IT_IS, Ignored, Part, huggingface_ignored, huggingface_parts
 from train.importing.report import Fate, Left, Own, Report
-from train.importing.source import SafetensorsFolder, SourceError, check_index, huggingface_files, tensor_sizes
+from train.importing.source import RunWeights, SafetensorsFolder, SourceError, check_index, huggingface_files
 from train.loop import TrainConfig
 from train.optim import OptimConfig
+from train.pieces import whole
 from train.run_folder import write_record
-from train.start import FREE_SETTINGS, WEIGHTS, recorded_tokenizer
+from train.start import FREE_SETTINGS, recorded_tokenizer, weights_of
 from train.tokenizer import load_tokenizer
 
 # Longest window of the configuration that is written for a foreign model, in tokens: that of the papers' pre-training
@@ -56,7 +57,7 @@ class Origin:
     longest: int  # positions the weights were made for
     parts: list[Part]
     ignored: list[Ignored]
-    source: SafetensorsFolder
+    source: SafetensorsFolder | RunWeights
     notes: list[str]
     state: dict[str, Any]  # what the import's checkpoint says of the tokenizer; see `train.start.recorded_tokenizer`
 
@@ -83,7 +84,8 @@ def import_model(
     config.run_dir, config.init_from, config.init_sha256 = f"{to}-continued", str(to), None
     config.init_changes = []
     model, report = fill(origin, config, folder)
-    checkpoint.save(to / "checkpoints", Checkpoint(0, {"model": model.state_dict()}, origin.state), keep=1)
+    weights = [whole(f"model.{name}", tensor) for name, tensor in model.state_dict().items()]
+    CheckpointWriter(to / "checkpoints").save(0, weights, origin.state, final=True)
     write_record(to / "import_report.json", report.to_dict())
     atomic_write(to / "config.yaml", to_yaml(config))
     return report
@@ -149,18 +151,19 @@ def _continued_optim() -> OptimConfig:
 
 def _our_own(folder: Path) -> Origin:
     config = load_config(folder / "config.yaml")
-    newest = checkpoint.newest(folder / "checkpoints")
-    if newest is None:
-        raise SourceError(f"{folder} holds no checkpoint; give a run that kept its last one")
+    try:
+        path = weights_of(folder)
+    except ValueError:
+        raise SourceError(f"{folder} holds no checkpoint; give a run that kept its last one") from None
     if config.model.memory is not None:
         raise SourceError(f"{folder} is of a model that has a memory already; go on with make continue FROM={folder}")
-    files = checkpoint.verified_files(newest, "give another checkpoint", WEIGHTS)
-    source = SafetensorsFolder(list(files.values()))
+    remedy = "give another checkpoint"
+    verified_files(path, remedy, "model*.safetensors")
+    found = Checkpoint(path, remedy)
     ignored = [
-        Ignored(f"{path.stem}.{name}", "a new run begins with the weights alone", parameters)
-        for path in sorted(newest.glob("*.safetensors"))
-        if path.name != WEIGHTS
-        for name, parameters in tensor_sizes(path).items()
+        Ignored(name, "a new run begins with the weights alone", tensor.numel)
+        for name, tensor in found.tensors.items()
+        if not name.startswith("model.")
     ]
     with torch.device("meta"):
         parts = [Part(name, tuple(t.shape), name) for name, t in Transformer(config.model).state_dict().items()]
@@ -168,7 +171,7 @@ def _our_own(folder: Path) -> Origin:
     state = {}
     if tokenizer is not None:
         state = {"tokenizer_sha256": tokenizer.sha256, "imported_data_fingerprint": tokenizer.fingerprint}
-    return Origin(config, config.model.seq_len, parts, ignored, source, [], state)
+    return Origin(config, config.model.seq_len, parts, ignored, RunWeights(found), [], state)
 
 
 def _with_settings(origin: Origin, engram: str | None, model_overrides: Path | None, words: list[str]) -> Config:

@@ -1,13 +1,14 @@
 """Reading safetensors of a folder tensor by tensor, whether one file or many. Nothing is unpickled."""
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from train.checkpoint import Checkpoint
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 EXACT_TYPES = ("F32", "BF16", "F16")  # those whose every value fp32 holds
@@ -59,17 +60,23 @@ class SafetensorsFolder:
         return tensor
 
 
-def tensor_sizes(path: Path) -> dict[str, int]:
-    """{name: number of values} of one safetensors file, whatever their types.
+class RunWeights:
+    """The weights of one of our checkpoints, whole, whatever number of ranks wrote it."""
 
-    Raises:
-        SourceError: naming the file that cannot be read.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise SourceError(f"{path} is no whole safetensors file ({error}); give another checkpoint") from error
+    def __init__(self, found: Checkpoint) -> None:
+        self._found = found
+        self.shapes = {name: found.tensors[f"model.{name}"].shape for name in found.names("model")}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in fp32.
+
+        Raises:
+            SourceError: it holds a value that is not finite.
+        """
+        tensor = self._found.tensor(f"model.{name}").float()
+        if not bool(tensor.isfinite().all()):
+            raise SourceError(f"{self._found.path}: {name} holds values that are not finite; give another checkpoint")
+        return tensor
 
 
 def huggingface_files(folder: Path) -> list[Path]:
