@@ -154,6 +154,10 @@ class Checkpoint:
         """Names of the tensors `<stem>.<name>`."""
         return [name[len(stem) + 1 :] for name in self.tensors if name.startswith(f"{stem}.")]
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{global name: shape}."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
     def tensor(self, name: str) -> Tensor:
         """A whole tensor, a copy."""
         return self.read(name).view(self.tensors[name].shape)

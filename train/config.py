@@ -185,12 +185,3 @@ def _validate_ranks(config: Config, ranks: int) -> None:
             f"train.ema_decay={config.train.ema_decay} does not work with engine.zero_stage=3, which keeps no whole "
             "parameter between steps; set train.ema_decay=0, or engine.zero_stage=2"
         )
-    if (ranks > 1 or config.engine.zero_stage == 3) and (
-        config.train.checkpoint_interval or config.train.final_checkpoint
-    ):
-        raise ValueError(
-            f"train.checkpoint_interval={config.train.checkpoint_interval} and "
-            f"train.final_checkpoint={config.train.final_checkpoint}: several ranks, and engine.zero_stage=3, write no "
-            "checkpoints yet; set train.checkpoint_interval=0 and train.final_checkpoint=false, or train in one "
-            "process with another engine.zero_stage"
-        )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models.memory_table import LocalTable
-from train.optimizer_state import check_names
+from train.held import check_names
 
 
 def decays(decay: float, max_steps: int) -> Tensor:

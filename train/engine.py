@@ -19,19 +19,22 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from models import native
 from models.memory_table import MemoryTable
+from models.moe import Experts
 from models.transformer import Block, Output, Transformer
 from train.execution import EngineConfig, Precision, resolve_native, resolve_precision
 from train.finite import check_finite
+from train.held import Held
 from train.optim import OptimConfig, OptimizerKind, ParameterGroup, parameter_groups
-from train.optimizer_state import check_names, moments, refresh_masters
-from train.ranks import Ranks, join
+from train.optimizer_state import held_state, range_of, refresh_masters, state_keys
+from train.ranks import ALONE, Ranks, join
+from train.ranks import part as share
 from train.zero import OwnedRange, owned_gradients, scale_gradients
 
 
@@ -71,7 +74,7 @@ class Engine:
         optim: rule of the dense parameters, and the global clipping norm.
         cfg: ZeRO stage, precision, extra DeepSpeed settings; `precision` must be resolved.
         micro_batch_size: sequences of one forward.
-        ranks: the processes of the run; they must have joined.
+        ranks: the processes of the run; several must have joined.
 
     Raises:
         ValueError: for a combination that is known not to train, or is not tested.
@@ -85,16 +88,18 @@ class Engine:
         cfg: EngineConfig,
         micro_batch_size: int,
         device: torch.device,
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         native.use(native.Level(resolve_native(cfg).value))
         self.model = model
         self.tables = tables
         self.device = device
-        self.ranks = ranks if ranks is not None else join(device.type)
+        join(device.type)  # a group of one where nobody has joined yet
+        self.ranks = ranks
         self.optim = optim
         self.cfg = cfg
         self.parameters = list(model.named_parameters())  # once: finding them takes longer than using them
+        self._places = _places(model, self.ranks)
         self.groups = parameter_groups(model, optim, self._expert_group)
         self.ds_config = deepspeed_config(cfg, optim.kind, micro_batch_size)
         self._engine = self._initialize(_AutocastModel(model, device, resolve_precision(cfg.precision)))
@@ -186,38 +191,78 @@ class Engine:
             base = self.optim.muon_lr if group.get("use_muon") else self.optim.lr
             group["lr"] = base * lr_scale
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """fp32 weights, moments and step counts by name: `model.<parameter>`, `optim.<parameter>.<moment>`.
+    def held_state(self) -> Iterator[Held]:
+        """fp32 weights, moments and step counts that lie on this rank: `model.<name>`, `optim.<name>.<key>`; live.
 
-        The same names and full shapes at every ZeRO stage. Buffers of the model (router bias) are under `model.`.
+        The same names and shapes at every number of ranks and ZeRO stage. Buffers (router bias) are under `model.`.
+        After they were filled from a checkpoint, call `state_was_filled`.
         """
-        state = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        parameters = dict(self.parameters)
+        for name, tensor in self.model.state_dict().items():
+            parameter = parameters.get(name)
+            if self.cfg.zero_stage == 3 and parameter is not None:
+                here = range_of(parameter, self.ranks.rank)
+                local: Tensor = parameter.ds_tensor.view(-1)  # type: ignore[attr-defined]
+                yield self.placed(f"model.{name}", name, local[: len(here)], here.start, range(len(here)))
+            else:
+                yield self.placed(f"model.{name}", name, tensor)
+        optimizer, stage = self._engine.optimizer, self.cfg.zero_stage
         for group in self.groups:
             for name, parameter in group.parameters:
-                for key, tensor in self._moments(parameter, group).items():
-                    state[f"optim.{name}.{key}"] = tensor
-        return state
+                for part in held_state(optimizer, parameter, group.use_muon, stage, self.ranks.rank):
+                    yield self.placed(f"optim.{name}.{part.key}", name, part.values, part.start, part.owned)
 
-    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state_tensors` gave; every name and shape must match.
+    def placed(self, key: str, name: str, values: Tensor, start: int = 0, owned: range | None = None) -> Held:
+        """A range of something of a parameter's shape, or a scalar of it, as that of a global tensor `key`.
 
-        Raises:
-            ValueError: naming the first tensors that are missing, surplus, or of another shape.
+        `start` counts within what this rank holds of the parameter; `owned` is None where all its holders hold it
+        alike.
         """
-        own = self.state_tensors()
-        check_names(own, state)
-        with torch.no_grad():
-            for name, tensor in self.model.state_dict().items():
-                tensor.copy_(state[f"model.{name}"])
-            for group in self.groups:
-                for name, parameter in group.parameters:
-                    for key, tensor in self._moments(parameter, group).items():
-                        tensor.copy_(state[f"optim.{name}.{key}"])
-            if self.cfg.zero_stage > 0:
-                refresh_masters(self._engine.optimizer)
+        place = self._places.get(name)
+        degree = place.degree if place is not None else 1
+        if owned is None:
+            owned = share(values.numel(), self.ranks.rank // degree, self.ranks.world_size // degree)
+        if place is None:
+            return Held(key, tuple(values.shape), start, values, owned)
+        if values.ndim == 0:  # counted once for all experts
+            return Held(key, (), 0, values, owned if place.start == 0 else range(0))
+        return Held(key, place.shape, place.start + start, values, owned)
 
-    def _moments(self, parameter: nn.Parameter, group: ParameterGroup) -> dict[str, Tensor]:
-        return moments(self._engine.optimizer, parameter, group.use_muon, self.cfg.zero_stage)
+    def state_names(self, stem: str) -> list[str]:
+        """Names of all tensors of `model` or `optim`, also of those of which this rank holds nothing."""
+        if stem == "model":
+            return [f"model.{name}" for name in self.model.state_dict()]
+        return [
+            f"optim.{name}.{key}"
+            for group in self.groups
+            for name, _ in group.parameters
+            for key in state_keys(group.use_muon)
+        ]
+
+    def state_was_filled(self) -> None:
+        """Take over what was written into `held_state`."""
+        if self.cfg.zero_stage > 0:
+            with torch.no_grad():
+                refresh_masters(self._engine.optimizer, self.cfg.zero_stage)
+
+
+class _Place(NamedTuple):
+    """Where a parameter of this rank lies in the global tensor of its name."""
+
+    shape: tuple[int, ...]  # of the global tensor
+    start: int  # flat offset of this rank's first element
+    degree: int  # ranks that hold different parts of it
+
+
+def _places(model: Transformer, ranks: Ranks) -> dict[str, _Place]:
+    """{name: place} of every parameter, before ZeRO takes them apart."""
+    places = {name: _Place(tuple(tensor.shape), 0, 1) for name, tensor in model.state_dict().items()}
+    for path, module in model.named_modules():
+        if isinstance(module, Experts) and model.cfg.moe is not None:
+            for name, tensor in module.named_parameters():
+                shape = (model.cfg.moe.num_experts, *tensor.shape[1:])
+                places[f"{path}.{name}"] = _Place(shape, module.first * tensor[0].numel(), ranks.expert_parallel)
+    return places
 
 
 def deepspeed_config(cfg: EngineConfig, kind: OptimizerKind, micro_batch_size: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from train.checkpoint_folder import load_latest
 from train.ema import WeightAverage
 from train.prepare import open_prepared
 from train.shards import PreparedData
-from train.snapshot import check_data, fill, load_average, load_tables
+from train.snapshot import check_data, fill_whole, load_tables
 from train.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -86,12 +86,13 @@ def load(run_dir: Path) -> tuple["Transformer", Memory, PreparedData]:
     check_data(found, prepared, run_dir)
     device = torch.device("cpu")
     model = build_model(config.model, config.seed, device)
-    fill(found, "model", model.state_dict())
+    fill_whole(found, "model", model.state_dict())
     memory = build_memory(config, prepared, device)
     load_tables(found, memory)
     if found.names("average"):
         average = WeightAverage(model, memory.local_tables, config.train.ema_decay, config.train.max_steps)
-        load_average(found, average)
+        fill_whole(found, "average", average.state_tensors())
+        average.step = found.step
         average.replace_weights()
     return model, memory, prepared
 

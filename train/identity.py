@@ -45,6 +45,9 @@ _LATER: dict[tuple[str, ...], dict[str, Any]] = {
     ("engine",): {"expert_parallel": 1},
 }
 
+# How a run is dealt out: that moves the last bits of sums and nothing else. A run may go on with others, and says so.
+_LAYOUT: dict[tuple[str, ...], tuple[str, ...]] = {("engine",): ("zero_stage", "expert_parallel", "num_threads")}
+
 
 def to_plain(config: Any) -> Any:
     """Nested dicts of numbers and strings: enums by value, ready for YAML or JSON."""
@@ -74,6 +77,16 @@ def identity_settings(plain_config: dict[str, Any]) -> dict[str, Any]:
             if part.get(name, value) == value:
                 part.pop(name, None)
     return identity
+
+
+def differ_in_layout_alone(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two `identity_settings` are the same run, dealt out over ranks and threads in another way."""
+    rest = [copy.deepcopy(first), copy.deepcopy(second)]
+    for settings in rest:
+        for path, names in _LAYOUT.items():
+            for name in names:
+                _part(settings, path).pop(name, None)
+    return rest[0] == rest[1]
 
 
 def _part(plain_config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:

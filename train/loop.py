@@ -18,7 +18,7 @@ from models.accounting import count_parameters, flops_per_token
 from models.transformer import Output
 from train.build import Memory, build_engine, build_memory, forward
 from train.checkpoint_folder import newest
-from train.checkpoint_writer import CheckpointWriter, WriterOptions
+from train.checkpoint_writer import WriterOptions
 from train.data import Batch, TrainBatches, check_fits, validation_batches
 from train.ema import WeightAverage
 from train.engine import Engine
@@ -32,8 +32,8 @@ from train.ranks import ALONE, Ranks
 from train.run_folder import RunFolder
 from train.schedule import lr_scale
 from train.shards import PreparedData
+from train.snapshot import open_writer, resume, save
 from train.snapshot import prepare as prepare_saves
-from train.snapshot import resume, save
 from train.start import check_model, check_tokenizer
 from train.statistics import StepStatistics
 
@@ -127,7 +127,7 @@ def train(config: "Config", folder: RunFolder, identity: str, ranks: Ranks = ALO
     with (
         Recorder(folder.metrics, config.log, identity[:12], settings, first_step, ranks.is_main) as recorder,
         Progress(config.log.progress and ranks.is_main, folder.path.name, first_step, max_steps) as progress,
-        CheckpointWriter(folder.checkpoints, cfg.writer_options) as writer,
+        open_writer(folder, cfg.writer_options, ranks) as writer,
     ):
         if cfg.checkpoint_interval and first_step + cfg.checkpoint_interval < max_steps:
             prepare_saves(writer, engine, memory, average)

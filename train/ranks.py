@@ -69,6 +69,14 @@ class Ranks:
         dist.broadcast_object_list(words, src=0)
         return words[0]
 
+    def join_lists(self, lines: list[str]) -> list[str]:
+        """The lines of all ranks, rank 0's first; the same on each."""
+        if self.world_size == 1:
+            return lines
+        lists: list[list[str]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(lists, lines)
+        return [line for several in lists for line in several]
+
     def take_turns(self, items: Iterable[T], idle: Callable[[T], T]) -> Iterator[T]:
         """Deals `items` out: this rank's are number rank, rank + W, ...
 

@@ -21,7 +21,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from train.files import atomic_write, write_json
-from train.identity import differing_settings, identity_settings
+from train.identity import differ_in_layout_alone, differing_settings, identity_settings
 
 SCHEMA_VERSION = 1  # of every file in a run's folder
 
@@ -109,12 +109,16 @@ class RunFolder:
         """Refuse a folder with something of another run in it; take over one of a start that got nowhere."""
         held = self._read("identity.json").get("identity")
         if held != self.identity and self._holds_something():
-            was = yaml.safe_load((self.path / "config.yaml").read_text()) if held else {}
-            changes = differing_settings(identity_settings(was), identity_settings(yaml.safe_load(self.config_yaml)))
-            raise OccupiedRunFolderError(
-                f"run_dir={self.path} holds a run of another configuration "
-                f"({_first(changes) if held else 'an unknown one'}); choose another run_dir, or remove that folder"
-            )
+            was = identity_settings(yaml.safe_load((self.path / "config.yaml").read_text()) if held else {})
+            now = identity_settings(yaml.safe_load(self.config_yaml))
+            changes = differing_settings(was, now)
+            if not held or not differ_in_layout_alone(was, now):
+                raise OccupiedRunFolderError(
+                    f"run_dir={self.path} holds a run of another configuration "
+                    f"({_first(changes) if held else 'an unknown one'}); choose another run_dir, or remove that folder"
+                )
+            print(f"{self.path} goes on in another layout ({_first(changes)}): sums are rounded otherwise from here on")
+            held = self.identity
         for leftover in [*self.path.glob(".*.tmp"), *self.checkpoints.glob(".step_*.tmp")]:  # of killed processes
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         self.step = self._read("status.json").get("step", 0) if held == self.identity else 0

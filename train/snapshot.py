@@ -1,19 +1,23 @@
 """The live objects of a run to and from a checkpoint, as pieces of named tensors."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
+from models.memory_table import LocalTable
 from train.build import Memory
 from train.checkpoint import Checkpoint
-from train.checkpoint_folder import load_latest, remove_leftovers
-from train.checkpoint_writer import CheckpointWriter, SaveReport
+from train.checkpoint_folder import newest_good, remove_leftovers
+from train.checkpoint_writer import CheckpointWriter, Place, SaveReport, WriterOptions
 from train.ema import WeightAverage
 from train.engine import Engine
-from train.optimizer_state import check_names
+from train.held import Held, alike, check_fits, pieces_of, slice_of
+from train.memory.sharded import ShardedTable
 from train.pieces import Piece, whole
+from train.ranks import ALONE, Ranks
 from train.run_folder import RunFolder
 from train.shards import DataError, PreparedData
 
@@ -29,25 +33,33 @@ class RunState:
     train_loss: float | None = None  # of the last step, nats per predicted token
 
 
-def pieces(engine: Engine, memory: Memory, average: WeightAverage | None, rank: int = 0) -> list[Piece]:
-    """What this rank owns: `model.*`, `optim.*`, `table_<layer>.*`, `average.*` and its random-number state.
-
-    Rows in a shared or file mapping are marked to be written from there: a copy would take the memory that the mapping
-    was meant to save.
-    """
-    own = [whole(name, tensor) for name, tensor in engine.state_tensors().items()]
+def held(engine: Engine, memory: Memory, average: WeightAverage | None) -> Iterator[Held]:
+    """What lies on this rank of `model.*`, `optim.*`, `table_<layer>.*` and `average.*`; live tensors."""
+    yield from engine.held_state()
     for layer, table in memory.tables.items():
-        for name, tensor in table.state_shards().items():
-            own.append(whole(f"table_{layer}.{name}", tensor, in_place=tensor.is_cpu and tensor.is_shared()))
+        yield from _held_table(layer, table, table.state_shards(), engine.ranks)
     if average is not None:
-        own += [whole(f"average.{name}", tensor) for name, tensor in average.state_tensors().items()]
-    own += [whole(f"extra.{name}", tensor) for name, tensor in _random_state(rank).items()]
-    return own
+        yield from _held_average(engine, memory, average)
+
+
+def pieces(engine: Engine, memory: Memory, average: WeightAverage | None) -> list[Piece]:
+    """What this rank saves of it, and its random-number state."""
+    return [
+        *pieces_of(held(engine, memory, average)),
+        *(whole(f"extra.{name}", tensor) for name, tensor in _random_state(engine.ranks.rank).items()),
+    ]
+
+
+def open_writer(folder: RunFolder, options: WriterOptions, ranks: Ranks) -> CheckpointWriter:
+    """The writer of this rank; all ranks open theirs together."""
+    return CheckpointWriter(
+        folder.checkpoints, options, Place(ranks.rank, ranks.world_size, ranks.from_main(str(os.getpid())))
+    )
 
 
 def prepare(writer: CheckpointWriter, engine: Engine, memory: Memory, average: WeightAverage | None) -> None:
     """Let the writer make its buffers; see `CheckpointWriter.prepare`."""
-    writer.prepare(pieces(engine, memory, average, writer.place.rank))
+    writer.prepare(pieces(engine, memory, average))
 
 
 def save(
@@ -60,7 +72,7 @@ def save(
     final: bool = False,
 ) -> SaveReport:
     """Hand the checkpoint of `step` to the writer; see `CheckpointWriter.save`."""
-    return writer.save(step, pieces(engine, memory, average, writer.place.rank), asdict(state), final)
+    return writer.save(step, pieces(engine, memory, average), asdict(state), final)
 
 
 def resume(
@@ -71,25 +83,29 @@ def resume(
     Raises:
         ValueError: every checkpoint is damaged, or the newest good one is of other data or another model.
     """
-    remove_leftovers(folder.checkpoints)
-    found = load_latest(folder.checkpoints, set_aside=True)
-    if found is None:
+    ranks = engine.ranks
+    if ranks.is_main:
+        remove_leftovers(folder.checkpoints)
+    good = newest_good(folder.checkpoints, True, ranks.rank, ranks.world_size, ranks.join_lists)
+    if good is None:
         return 0, RunState(prepared.fingerprint, prepared.tokenizer_sha256, prepared.compression_sha256)
+    found = Checkpoint(good)
     check_data(found, prepared, folder.path)
-    own = engine.state_tensors()  # the live tensors themselves: what is read fills them, and nothing is held twice
     for stem in ("model", "optim"):
-        fill(found, stem, {name.split(".", 1)[1]: own[name] for name in own if name.startswith(f"{stem}.")})
-    engine.load_state_tensors(own)
-    load_tables(found, memory)
+        live = [one for one in engine.held_state() if one.name.startswith(f"{stem}.")]
+        check_fits(live, found.shapes(), stem, engine.state_names(stem))
+        fill(found, live)
+    engine.state_was_filled()
+    load_tables(found, memory, ranks)
     if average is not None:
-        load_average(found, average)
-    _restore_random_state(found)
+        load_average(found, average, list(_held_average(engine, memory, average)))
+    _restore_random_state(found, ranks)
     # Earlier checkpoints have the fingerprint alone, which says as much while the data lie prepared.
     sums = {"tokenizer_sha256": prepared.tokenizer_sha256, "compression_sha256": prepared.compression_sha256}
     return found.step, RunState(**(sums | found.state))
 
 
-def load_tables(found: Checkpoint, memory: Memory) -> None:
+def load_tables(found: Checkpoint, memory: Memory, ranks: Ranks = ALONE) -> None:
     """Rows, moments and step counts of every table, read into the tables themselves.
 
     Raises:
@@ -97,26 +113,60 @@ def load_tables(found: Checkpoint, memory: Memory) -> None:
     """
     for layer, table in memory.tables.items():
         shards = table.state_shards()
-        fill(found, f"table_{layer}", shards)
+        live = list(_held_table(layer, table, shards, ranks))
+        check_fits(live, found.shapes(), f"table_{layer}", [one.name for one in live])
+        fill(found, live)
         table.load_state_shards(shards)
 
 
-def load_average(found: Checkpoint, average: WeightAverage) -> None:
+def load_average(found: Checkpoint, average: WeightAverage, live: list[Held]) -> None:
     """The weight averages, read into place."""
-    averages = average.state_tensors()
-    fill(found, "average", averages)
-    average.load_state_tensors(averages, found.step)
+    check_fits(live, found.shapes(), "average", [one.name for one in live])
+    fill(found, live)
+    average.step = found.step
 
 
-def fill(found: Checkpoint, stem: str, own: Mapping[str, Tensor]) -> None:
-    """Read the tensors `<stem>.<name>` into live ones of the same names and shapes, piece by piece.
+def fill_whole(found: Checkpoint, stem: str, own: Mapping[str, Tensor]) -> None:
+    """Read the tensors `<stem>.<name>` into whole live ones, in a process that holds everything.
 
     Raises:
         ValueError: a name is missing or surplus, or a shape differs; nothing was read then.
     """
-    check_names(own, {name: found.tensors[f"{stem}.{name}"] for name in found.names(stem)})
-    for name, tensor in own.items():
-        found.read(f"{stem}.{name}", out=tensor)
+    live = [alike(f"{stem}.{name}", tensor) for name, tensor in own.items()]
+    check_fits(live, found.shapes(), stem, [one.name for one in live])
+    fill(found, live)
+
+
+def fill(found: Checkpoint, live: Iterable[Held]) -> None:
+    """Read what the checkpoint has of live ranges into them."""
+    for one in live:
+        found.read(one.name, one.start, one.values.numel(), out=one.values)
+
+
+def _held_table(
+    layer: int, table: LocalTable | ShardedTable, shards: Mapping[str, Tensor], ranks: Ranks
+) -> Iterator[Held]:
+    """What lies here of a table.
+
+    Rows in a shared or file mapping are marked to be written from there: a copy would take the memory that the mapping
+    was meant to save.
+    """
+    rows = table.rows if isinstance(table, ShardedTable) else range(table.num_rows)
+    for key, tensor in shards.items():
+        name, mapped = f"table_{layer}.{key}", tensor.is_cpu and tensor.is_shared()
+        if len(tensor) == len(rows):
+            yield slice_of(name, tensor, table.num_rows, rows.start, in_place=mapped)
+        else:
+            yield alike(name, tensor, ranks.rank, ranks.world_size)
+
+
+def _held_average(engine: Engine, memory: Memory, average: WeightAverage) -> Iterator[Held]:
+    for name, tensor in average.dense.items():
+        yield engine.placed(f"average.dense.{name}", name, tensor)
+    for layer, table in memory.tables.items():
+        rows = table.rows if isinstance(table, ShardedTable) else range(table.num_rows)
+        yield slice_of(f"average.rows.{layer}", average.rows[layer], table.num_rows, rows.start)
+        yield slice_of(f"average.last.{layer}", average.last[layer], table.num_rows, rows.start)
 
 
 def _random_state(rank: int) -> dict[str, Tensor]:
@@ -126,16 +176,16 @@ def _random_state(rank: int) -> dict[str, Tensor]:
     return state
 
 
-def _restore_random_state(found: Checkpoint, rank: int = 0, world_size: int = 1) -> None:
+def _restore_random_state(found: Checkpoint, ranks: Ranks) -> None:
     """Put this rank's generators back, if as many ranks wrote the checkpoint.
 
     On another number of ranks they stay as the seed of the run made them. That changes no result: nothing in training
     draws random numbers after the initialisation.
     """
-    if found.world_size != world_size:
+    if found.world_size != ranks.world_size:
         return
     for kind, restore in (("cpu", torch.set_rng_state), ("cuda", torch.cuda.set_rng_state)):
-        for name in (f"extra.rng.{kind}.rank{rank:05d}", f"extra.rng.{kind}"):  # the latter of schema 1
+        for name in (f"extra.rng.{kind}.rank{ranks.rank:05d}", f"extra.rng.{kind}"):  # the latter of schema 1
             if name in found.tensors and (kind == "cpu" or torch.cuda.is_available()):
                 restore(found.tensor(name))
 
