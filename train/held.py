@@ -60,7 +60,8 @@ def check_fits(held: Iterable[Held], stored: Mapping[str, tuple[int, ...]], stem
     Raises:
         ValueError: naming the first tensors that are missing, surplus, or of another shape.
     """
-    given = {name: shape for name, shape in stored.items() if name.startswith(f"{stem}.")}
+    # Tensors without an element (a frozen table's moments) have no piece, and nobody misses them.
+    given = {name: shape for name, shape in stored.items() if name.startswith(f"{stem}.") and 0 not in shape}
     own: dict[str, tuple[int, ...] | None] = dict.fromkeys(names)
     _refuse_others(own | {one.name: one.shape for one in held}, given)
 

@@ -156,7 +156,7 @@ def _held_table(
         name, mapped = f"table_{layer}.{key}", tensor.is_cpu and tensor.is_shared()
         if len(tensor) == len(rows):
             yield slice_of(name, tensor, table.num_rows, rows.start, in_place=mapped)
-        else:
+        elif tensor.numel():
             yield alike(name, tensor, ranks.rank, ranks.world_size)
 
 
