@@ -93,8 +93,9 @@ def test_how_checkpoints_are_written_changes_no_number(
 
 
 def test_training_goes_on_without_room_and_fails_at_its_end(
-    data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data_root: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert whole.exists()  # its data are prepared: only the run itself has no room
     cfg = make(data_root, tmp_path / "disk" / "run")
     with full_disk(tmp_path / "disk", 300_000):  # a checkpoint takes about 800 kB
         with pytest.raises(OSError, match=r"step_00000008 could not be written .* bytes free"):

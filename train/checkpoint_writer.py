@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from train.checkpoint import MANIFEST, SCHEMA_VERSION, STATE
-from train.checkpoint_commit import UnfinishedCheckpointError, commit, give_up, was_committed, write_record
+from train.checkpoint_commit import UnfinishedCheckpointError, commit, give_up, was_committed, write_rank_record
 from train.checkpoint_folder import checkpoints, prune, remove_leftovers
 from train.files import sha256, sync
 from train.host_buffer import HostBuffer, aligned
@@ -192,7 +192,7 @@ class CheckpointWriter:
             attempt.files[STATE] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for name in attempt.files:
             sync(attempt.temporary / name)
-        write_record(attempt.temporary, self.place.rank, {"files": attempt.files, "tensors": attempt.tensors})
+        write_rank_record(attempt.temporary, self.place.rank, {"files": attempt.files, "tensors": attempt.tensors})
         timeout = self.options.timeout_seconds
         if self.place.rank == 0:
             commit(attempt.temporary, attempt.final, attempt.step, self.place.world_size, timeout)
@@ -205,7 +205,7 @@ class CheckpointWriter:
             give_up(attempt.temporary)
             return
         with suppress(OSError):  # so that rank 0 need not wait, if the disk takes this and rank 0 has not given up
-            write_record(attempt.temporary, self.place.rank, {"error": str(error)})
+            write_rank_record(attempt.temporary, self.place.rank, {"error": str(error)})
 
     def _report(self, error: BaseException, final: bool) -> None:
         """Raise where the final checkpoint failed, or for a mistake of this program; else warn."""

@@ -38,7 +38,8 @@ _TOKENIZER = "data.tokenizer"  # as a word of init_changes
 def weights_sha256(folder: Path) -> str:
     """SHA-256 (hex) of names and SHA-256 sums of the weight files of `folder`'s newest checkpoint.
 
-    From the manifest alone: equal for equal weights, wherever the folder lies. Optimizer states do not count.
+    From the manifest alone: equal for equal files of weights, wherever the folder lies. Files of the dense optimizer do
+    not count. The same weights in other files, as another number of ranks cuts them, have another sum.
 
     Raises:
         ValueError: there is no checkpoint, or its manifest is damaged.
