@@ -14,6 +14,7 @@ from tests.writing_ranks import deal, write
 from train.checkpoint import Checkpoint
 from train.checkpoint_folder import checkpoints
 from train.config import config_hash
+from train.loop import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +104,9 @@ def test_training_goes_on_without_room_and_fails_at_its_end(
         err = capsys.readouterr().err
         assert err.count("training goes on") == 2  # steps 3 and 6
         assert not list((tmp_path / "disk" / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_buffers_of_no_size_are_refused(value: float) -> None:
+    with pytest.raises(ValueError, match=r"train.checkpoint_buffer_gib=.* must be >= 0 and finite; usual: 2"):
+        TrainConfig(checkpoint_buffer_gib=value)
