@@ -87,10 +87,9 @@ class CheckpointWriter:
 
     def prepare(self, pieces: Iterable[Piece]) -> None:
         """Make the buffers for pieces such as these, in a thread, so that the first save need not wait for them."""
-        if self.options.asynchronous:
-            files = plan_files(pieces, self.place.rank, self.options.file_bytes, self.options.buffer_bytes)
-            buffered = [piece for file in files if file.buffered for piece in file.pieces]
-            self._buffer.reserve(sum(aligned(piece.num_bytes) for piece in buffered))
+        files = plan_files(pieces, self.place.rank, self.options.file_bytes, self.options.buffer_bytes)
+        buffered = [piece for file in files if file.buffered for piece in file.pieces]
+        self._buffer.reserve(sum(aligned(piece.num_bytes) for piece in buffered))
 
     def save(self, step: int, pieces: Iterable[Piece], state: Mapping[str, Any], final: bool = False) -> SaveReport:
         """Write the checkpoint of `step`, unless it is there already, and remove all but the newest.

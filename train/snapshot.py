@@ -47,7 +47,8 @@ def pieces(engine: Engine, memory: Memory, average: WeightAverage | None, rank: 
 
 def prepare(writer: CheckpointWriter, engine: Engine, memory: Memory, average: WeightAverage | None) -> None:
     """Let the writer make its buffers; see `CheckpointWriter.prepare`."""
-    writer.prepare(pieces(engine, memory, average, writer.place.rank))
+    if writer.options.asynchronous:
+        writer.prepare(pieces(engine, memory, average, writer.place.rank))
 
 
 def save(
