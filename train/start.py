@@ -1,4 +1,4 @@
-"""The weights that a run starts from, where they are not random: an import's, or another run's newest ones.
+"""The weights that a run starts from, where they are not random: an import's, an export's, or another run's newest.
 
 Equal names and shapes are not enough for weights to mean what they meant: token ids and the settings of the model
 have a part in it. So both are compared with what the folder records, before anything is loaded.
