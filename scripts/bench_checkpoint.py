@@ -13,13 +13,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from models.memory_table import LocalTable
 from scripts.bench_common import arguments, load, machine, paired_ratio, seconds_of, write
 from train.checkpoint import Checkpoint
 from train.checkpoint_folder import newest_good, verify
@@ -78,25 +78,23 @@ def peak_of(work: Callable[[], object]) -> int:
     return max(peak, anonymous_bytes())
 
 
-def _table_memory(gib: float, buffer_gib: float, mapped: bool, folder: str, out: Any) -> None:
+def _table_memory(gib: float, buffer_gib: float, mapped: bool, folder: str) -> tuple[int, list[tuple[int, float]]]:
     torch.set_num_threads(1)
     before = anonymous_bytes()
     num_rows = int(gib * GIB / (3 * 4 * ROW_DIM + 4))
-    table = LocalTable(num_rows, ROW_DIM, 0.02, seed=0)
-    for name in ("exp_avg", "exp_avg_sq", "step"):
-        getattr(table, name).fill_(1)  # pages of zeros are not there before they are written
-    if mapped:
-        for name in ("weight", "exp_avg", "exp_avg_sq", "step"):
-            tensor = getattr(table, name)
-            file = torch.from_file(f"{folder}/{name}.bin", shared=True, size=tensor.numel(), dtype=tensor.dtype)
-            setattr(table, name, file.view(tensor.shape).copy_(tensor))
-            del tensor
-    size = anonymous_bytes() - before
+    table: dict[str, torch.Tensor] = {}
+    for name in ("weight", "exp_avg", "exp_avg_sq", "step"):
+        size = num_rows * (1 if name == "step" else ROW_DIM)
+        dtype = torch.int32 if name == "step" else torch.float32
+        file = f"{folder}/{name}.bin"
+        tensor = torch.from_file(file, True, size, dtype=dtype) if mapped else torch.empty(size, dtype=dtype)
+        table[name] = tensor.view(num_rows, -1).fill_(3)  # pages of zeros are not there before they are written
+    held = anonymous_bytes() - before
     options = WriterOptions(buffer_bytes=int(buffer_gib * GIB))
 
     def save() -> None:
         with CheckpointWriter(Path(folder) / "checkpoints", options) as writer:
-            own = table.state_shards().items()
+            own = table.items()
             pieces = [whole(f"table_1.{name}", tensor, in_place=tensor.is_shared()) for name, tensor in own]
             writer.save(1, pieces, {})
 
@@ -104,27 +102,20 @@ def _table_memory(gib: float, buffer_gib: float, mapped: bool, folder: str, out:
         path = newest_good(Path(folder) / "checkpoints", set_aside=False)
         assert path is not None
         found = Checkpoint(path)
-        shards = table.state_shards()
-        for name, tensor in shards.items():
+        for name, tensor in table.items():
             found.read(f"table_1.{name}", out=tensor)
-        table.load_state_shards(shards)
 
     peaks = []
     for work in (save, read):
         started = time.perf_counter()
         peaks.append((peak_of(work) - before, time.perf_counter() - started))
-    out.put((size, peaks))
+    return held, peaks
 
 
 def table_memory(gib: float, buffer_gib: float, mapped: bool, folder: Path) -> tuple[int, list[tuple[int, float]]]:
     """(anonymous bytes of the table, [(peak, seconds) of saving, of loading]), in a process of its own."""
-    context = get_context("spawn")
-    out = context.Queue()
-    process = context.Process(target=_table_memory, args=(gib, buffer_gib, mapped, str(folder), out))
-    process.start()
-    result: tuple[int, list[tuple[int, float]]] = out.get()
-    process.join()
-    return result
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_table_memory, gib, buffer_gib, mapped, str(folder)).result()
 
 
 def report(seconds: dict[str, list[float]], gib: float, tables: list[tuple[Any, ...]], threads: int) -> str:
@@ -176,6 +167,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(dir=args.folder))
     try:
         seconds = rounds_of(state(args.gib), folder, args.rounds)
+        print(report(seconds, args.gib, [], args.threads), flush=True)
         shutil.rmtree(folder)
         tables = []
         for buffer_gib, mapped in ((0.5, False), (2.0, True)) if args.table_gib else ():

@@ -14,7 +14,7 @@ from typing import Any
 # Moments of a save at which `kill_at` ends the process, each by the function that would come next.
 KILL_MOMENTS: dict[str, tuple[str, str]] = {
     "before_files": ("train.rank_files", "write_safetensors"),
-    "before_record": ("train.checkpoint_writer", "write_record"),
+    "before_record": ("train.checkpoint_writer", "write_rank_record"),
     "before_manifest": ("train.checkpoint_commit", "write_manifest"),
     "before_rename": ("train.checkpoint_commit", "publish"),
     "before_removal": ("train.checkpoint_writer", "prune"),

@@ -9,8 +9,9 @@ from threading import Barrier
 import pytest
 
 from tests.faults import flip_bit, remove, truncate
+from tests.test_checkpoint import first_schema
 from tests.writing_ranks import deal, same, tensors, write
-from train.checkpoint import MANIFEST, DamagedCheckpointError, read_manifest
+from train.checkpoint import MANIFEST, CheckpointVersionError, DamagedCheckpointError, read_manifest
 from train.checkpoint_folder import checkpoints, load_latest, newest_good, verify
 
 
@@ -78,6 +79,21 @@ def test_bits_all_over_a_manifest(two: Path) -> None:
                 continue  # one white space for another
             with pytest.raises(DamagedCheckpointError):
                 read_manifest(two / "step_00000002", "")
+
+
+def test_bits_all_over_a_manifest_of_the_first_schema(tmp_path: Path) -> None:
+    """It has no sum of its own: what it says of the files is compared with them."""
+    path = first_schema(tmp_path, 5, tensors(), {})
+    victim = path / MANIFEST
+    whole = victim.read_bytes()
+    for offset in range(0, len(whole), 3):
+        for bit in (0, 2, 5):
+            flipped = bytearray(whole)
+            flipped[offset] ^= 1 << bit
+            victim.write_bytes(flipped)
+            if json_of(bytes(flipped)) != json_of(whole):
+                with pytest.raises((DamagedCheckpointError, CheckpointVersionError)):
+                    load_latest(tmp_path)
 
 
 def json_of(content: bytes) -> object:

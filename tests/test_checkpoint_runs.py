@@ -14,6 +14,9 @@ from tests.writing_ranks import deal, write
 from train.checkpoint import Checkpoint
 from train.checkpoint_folder import checkpoints
 from train.config import config_hash
+from train.engine import EngineConfig, Precision
+from train.loop import TrainConfig
+from train.optim import OptimConfig, OptimizerKind
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +95,24 @@ def test_how_checkpoints_are_written_changes_no_number(
     assert len(checkpoints(tmp_path / "run" / "checkpoints")) == 1
 
 
-def test_training_goes_on_without_room_and_fails_at_its_end(
-    data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("kind", list(OptimizerKind))
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_checkpoints_on_the_way_change_no_number(
+    data_root: Path, tmp_path: Path, kind: OptimizerKind, zero_stage: int
 ) -> None:
+    """Buffers are made for moments that are not there before the first step."""
+    for name, interval in (("none", 0), ("every", 1)):
+        cfg = make(data_root, tmp_path / name, optim=OptimConfig(kind=kind, lr=1e-2))
+        cfg.engine = EngineConfig(zero_stage=zero_stage, precision=Precision.fp32, num_threads=1)
+        cfg.train.max_steps, cfg.train.checkpoint_interval = 3, interval
+        run(cfg)
+    assert ends_alike(tmp_path / "none", tmp_path / "every")
+
+
+def test_training_goes_on_without_room_and_fails_at_its_end(
+    data_root: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert whole.exists()  # its data are prepared: only the run itself has no room
     cfg = make(data_root, tmp_path / "disk" / "run")
     with full_disk(tmp_path / "disk", 300_000):  # a checkpoint takes about 800 kB
         with pytest.raises(OSError, match=r"step_00000008 could not be written .* bytes free"):
@@ -102,3 +120,9 @@ def test_training_goes_on_without_room_and_fails_at_its_end(
         err = capsys.readouterr().err
         assert err.count("training goes on") == 2  # steps 3 and 6
         assert not list((tmp_path / "disk" / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_buffers_of_no_size_are_refused(value: float) -> None:
+    with pytest.raises(ValueError, match=r"train.checkpoint_buffer_gib=.* must be >= 0 and finite; usual: 2"):
+        TrainConfig(checkpoint_buffer_gib=value)

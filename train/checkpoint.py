@@ -99,13 +99,17 @@ def read_manifest(path: Path, remedy: str) -> Manifest:
             raise ValueError("its own SHA-256 differs")
         if version not in (1, SCHEMA_VERSION):
             raise CheckpointVersionError(f"{path} has schema_version {version}, this code reads 1 and {SCHEMA_VERSION}")
+        files = {
+            name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
+            for name, entry in body["files"].items()
+        }
         if version == 1:
-            return Manifest(1, body["files"], None, 1, None)
+            return Manifest(1, files, None, 1, None)
         tensors = {
             name: GlobalTensor(tuple(t["shape"]), t["dtype"], tuple(Stored(*piece) for piece in t["pieces"]))
             for name, t in body["tensors"].items()
         }
-        return Manifest(version, body["files"], body["step"], body["world_size"], tensors)
+        return Manifest(version, files, body["step"], body["world_size"], tensors)
     except CheckpointVersionError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

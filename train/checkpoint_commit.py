@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def record_path(temporary: Path, rank: int) -> Path:
     return temporary / f"rank_{rank:05d}.json"
 
 
-def write_record(temporary: Path, rank: int, record: dict[str, Any]) -> None:
+def write_rank_record(temporary: Path, rank: int, record: dict[str, Any]) -> None:
     """Say what a rank wrote ("files", "tensors"), or why it could not ("error"); its files are on the disk by now."""
     atomic_write(record_path(temporary, rank), json.dumps(record))
 
@@ -147,5 +148,11 @@ def was_committed(temporary: Path, final: Path, timeout_seconds: float) -> bool:
 
 
 def give_up(temporary: Path) -> None:
-    """Rank 0: remove what was written of a checkpoint that will not be whole."""
-    shutil.rmtree(temporary, ignore_errors=True)
+    """Rank 0: remove what was written of a checkpoint that will not be whole.
+
+    It loses its name first: a rank that is still writing then fails, and the folder is gone for those that wait for it.
+    """
+    nameless = temporary.with_name(f"{temporary.name.removesuffix('.tmp')}.given-up.tmp")
+    with suppress(OSError):
+        temporary.rename(nameless)
+    shutil.rmtree(nameless, ignore_errors=True)

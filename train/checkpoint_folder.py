@@ -9,7 +9,13 @@ from pathlib import Path
 
 from train.checkpoint import MANIFEST, Checkpoint, DamagedCheckpointError, file_fault, read_manifest
 
+Join = Callable[[list[str]], Sequence[str]]  # the lines of this rank -> those of all ranks, the same on each
+
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
+
+
+def _alone(lines: list[str]) -> list[str]:
+    return lines
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -55,7 +61,7 @@ def newest_good(
     set_aside: bool,
     rank: int = 0,
     world_size: int = 1,
-    join: Callable[[list[str]], Sequence[str]] = lambda lines: lines,
+    join: Join = _alone,
 ) -> Path | None:
     """The newest checkpoint below `folder` of which every file is what was written; None where there is none at all.
 
@@ -109,9 +115,11 @@ def move_aside(path: Path) -> Path:
     return aside
 
 
-def load_latest(folder: Path, set_aside: bool = False) -> Checkpoint | None:
+def load_latest(
+    folder: Path, set_aside: bool = False, rank: int = 0, world_size: int = 1, join: Join = _alone
+) -> Checkpoint | None:
     """Open the newest good checkpoint below `folder`, every file verified; None if there is none. See `newest_good`."""
-    path = newest_good(folder, set_aside)
+    path = newest_good(folder, set_aside, rank, world_size, join)
     return None if path is None else Checkpoint(path)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from train.checkpoint import MANIFEST, SCHEMA_VERSION, STATE
-from train.checkpoint_commit import UnfinishedCheckpointError, commit, give_up, was_committed, write_record
+from train.checkpoint_commit import UnfinishedCheckpointError, commit, give_up, was_committed, write_rank_record
 from train.checkpoint_folder import checkpoints, prune, remove_leftovers
 from train.files import sha256, sync
 from train.host_buffer import HostBuffer, aligned
@@ -87,10 +87,9 @@ class CheckpointWriter:
 
     def prepare(self, pieces: Iterable[Piece]) -> None:
         """Make the buffers for pieces such as these, in a thread, so that the first save need not wait for them."""
-        if self.options.asynchronous:
-            files = plan_files(pieces, self.place.rank, self.options.file_bytes, self.options.buffer_bytes)
-            buffered = [piece for file in files if file.buffered for piece in file.pieces]
-            self._buffer.reserve(sum(aligned(piece.num_bytes) for piece in buffered))
+        files = plan_files(pieces, self.place.rank, self.options.file_bytes, self.options.buffer_bytes)
+        buffered = [piece for file in files if file.buffered for piece in file.pieces]
+        self._buffer.reserve(sum(aligned(piece.num_bytes) for piece in buffered))
 
     def save(self, step: int, pieces: Iterable[Piece], state: Mapping[str, Any], final: bool = False) -> SaveReport:
         """Write the checkpoint of `step`, unless it is there already, and remove all but the newest.
@@ -192,7 +191,7 @@ class CheckpointWriter:
             attempt.files[STATE] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for name in attempt.files:
             sync(attempt.temporary / name)
-        write_record(attempt.temporary, self.place.rank, {"files": attempt.files, "tensors": attempt.tensors})
+        write_rank_record(attempt.temporary, self.place.rank, {"files": attempt.files, "tensors": attempt.tensors})
         timeout = self.options.timeout_seconds
         if self.place.rank == 0:
             commit(attempt.temporary, attempt.final, attempt.step, self.place.world_size, timeout)
@@ -205,7 +204,7 @@ class CheckpointWriter:
             give_up(attempt.temporary)
             return
         with suppress(OSError):  # so that rank 0 need not wait, if the disk takes this and rank 0 has not given up
-            write_record(attempt.temporary, self.place.rank, {"error": str(error)})
+            write_rank_record(attempt.temporary, self.place.rank, {"error": str(error)})
 
     def _report(self, error: BaseException, final: bool) -> None:
         """Raise where the final checkpoint failed, or for a mistake of this program; else warn."""

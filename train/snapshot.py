@@ -59,7 +59,8 @@ def open_writer(folder: RunFolder, options: WriterOptions, ranks: Ranks) -> Chec
 
 def prepare(writer: CheckpointWriter, engine: Engine, memory: Memory, average: WeightAverage | None) -> None:
     """Let the writer make its buffers; see `CheckpointWriter.prepare`."""
-    writer.prepare(pieces(engine, memory, average))
+    if writer.options.asynchronous:
+        writer.prepare(pieces(engine, memory, average))
 
 
 def save(

@@ -1,4 +1,4 @@
-"""The weights that a run starts from, where they are not random: an import's, or another run's newest ones.
+"""The weights that a run starts from, where they are not random: an import's, an export's, or another run's newest.
 
 Equal names and shapes are not enough for weights to mean what they meant: token ids and the settings of the model
 have a part in it. So both are compared with what the folder records, before anything is loaded.
@@ -38,7 +38,8 @@ _TOKENIZER = "data.tokenizer"  # as a word of init_changes
 def weights_sha256(folder: Path) -> str:
     """SHA-256 (hex) of names and SHA-256 sums of the weight files of `folder`'s newest checkpoint.
 
-    From the manifest alone: equal for equal weights, wherever the folder lies. Optimizer states do not count.
+    From the manifest alone: equal for equal files of weights, wherever the folder lies. Files of the dense optimizer do
+    not count. The same weights in other files, as another number of ranks cuts them, have another sum.
 
     Raises:
         ValueError: there is no checkpoint, or its manifest is damaged.
