@@ -1,19 +1,20 @@
 """From a configuration to the live objects of a run: model, hasher, tables, engine."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from models.initialize import initialize
-from models.memory_table import LocalTable
+from models.memory_table import LocalTable, MemoryTable
 from models.ngram_hash import NgramHasher, table_sizes
 from models.transformer import Output, Transformer, TransformerConfig
 from train.data import Batch
 from train.engine import Engine
+from train.memory.place import Place, host_table
 from train.shards import PreparedData
 from train.start import load_weights
 
@@ -26,10 +27,19 @@ class Memory:
     """The hasher and tables of a model's Engram layers or OverEncoding; empty for a model without."""
 
     hasher: NgramHasher | None
-    tables: dict[int, LocalTable]
+    tables: Mapping[int, MemoryTable]
+    _ahead: tuple[Batch, dict[int, Tensor]] | None = field(default=None, repr=False)  # the announced batch, its ids
+
+    def prefetch(self, batch: Batch) -> None:
+        """Announces the batch that is trained on next, so that tables can read its rows meanwhile."""
+        self._ahead = batch, self.row_ids(batch)
+        for layer, ids in self._ahead[1].items():
+            self.tables[layer].prefetch(ids)
 
     def row_ids(self, batch: Batch) -> dict[int, Tensor]:
         """{layer: (B, S, R)} rows that each token reads; a function of the batch's token ids alone."""
+        if self._ahead is not None and self._ahead[0] is batch:
+            return self._ahead[1]
         return self.hasher(batch.token_ids, batch.document_ids) if self.hasher is not None else {}
 
     def lookup(self, row_ids: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -50,19 +60,25 @@ def build_memory(config: "Config", prepared: PreparedData, device: torch.device)
     if cfg is None:
         return Memory(None, {})
     hasher = NgramHasher(cfg, torch.as_tensor(prepared.compression_table), prepared.pad_id, device)
-    tables = {
-        layer: LocalTable(
-            num_rows=sum(sum(order) for order in sizes),
-            row_dim=cfg.row_dim,
-            init_std=config.model.init_std,
-            seed=config.seed,
-            layer=layer,
-            optim=config.memory,
-            device=device,
-        )
-        for layer, sizes in table_sizes(cfg).items()
+    rows = table_sizes(cfg)
+    return Memory(hasher, {layer: _table(config, layer, sum(map(sum, sizes)), device) for layer, sizes in rows.items()})
+
+
+def _table(config: "Config", layer: int, num_rows: int, device: torch.device) -> MemoryTable:
+    """A table of one layer, where `config.table` wants it."""
+    assert config.model.memory is not None  # the caller has its layers from there
+    common: dict[str, Any] = {
+        "num_rows": num_rows,
+        "row_dim": config.model.memory.row_dim,
+        "init_std": config.model.init_std,
+        "seed": config.seed,
+        "layer": layer,
+        "optim": config.memory,
+        "device": device,
     }
-    return Memory(hasher, tables)
+    if config.table.place is Place.device:
+        return LocalTable(**common)
+    return host_table(config.table, **common, folder=Path(config.run_dir))
 
 
 def build_engine(config: "Config", memory: Memory, device: torch.device, start: Path | None = None) -> Engine:

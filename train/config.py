@@ -19,6 +19,7 @@ from train.engine import EngineConfig, Precision, resolve_native, resolve_precis
 from train.identity import identity_hash, to_plain
 from train.kernel_choice import resolve_expert_kernel
 from train.loop import TrainConfig
+from train.memory.place import Place, TableConfig
 from train.metrics import LogConfig
 from train.optim import OptimConfig
 from train.run_folder import SCHEMA_VERSION
@@ -34,6 +35,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     memory: MemoryOptimConfig = field(default_factory=MemoryOptimConfig)
+    table: TableConfig = field(default_factory=TableConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -140,6 +142,16 @@ def validate(config: Config) -> None:
         raise ValueError(
             f"train.micro_batch_size={config.train.micro_batch_size} must be at least 2 where a sequence reads its "
             "neighbour's rows (shuffled=true); nearest: 2"
+        )
+    if config.table != TableConfig() and memory is None:
+        raise ValueError(
+            f"table.place={config.table.place.value} has no effect on a model without memory; nearest: "
+            f"table.place={Place.device.value}"
+        )
+    if config.train.ema_decay and config.table.place is not Place.device:
+        raise ValueError(
+            f"train.ema_decay={config.train.ema_decay} needs a second copy of every row on the device and cannot be "
+            f"used with table.place={config.table.place.value}; nearest: train.ema_decay=0, or table.place=device"
         )
     if config.train.eval_tokens < config.model.seq_len:
         raise ValueError(

@@ -15,6 +15,7 @@ _NOT_IDENTITY: dict[tuple[str, ...], tuple[str, ...]] = {
     # The weights to start from count by their content, init_sha256; init_changes only lets a setting pass a check.
     (): ("run_dir", "log", "schema_version", "init_from", "init_changes"),
     ("data",): ("root",),
+    ("table",): ("folder", "cache_mib"),
     ("train",): ("checkpoint_interval", "keep_checkpoints", "final_checkpoint"),
 }
 
@@ -23,7 +24,7 @@ _NOT_IDENTITY: dict[tuple[str, ...], tuple[str, ...]] = {
 # from before `model.rotary`: there the rotary base was `model.attention.rope_theta`, and their identity is another one.
 # They can start new runs (`init_from`) once the setting is moved in their config.yaml.
 _LATER: dict[tuple[str, ...], dict[str, Any]] = {
-    (): {"init_sha256": None},
+    (): {"init_sha256": None, "table": {"place": "device", "dtype": "fp32", "asynchronous": False}},
     ("model",): {"mla": None, "over_encoding": None, "hyper_connections": None},
     ("model", "moe", "router"): {
         "kind": "sigmoid",
@@ -35,7 +36,7 @@ _LATER: dict[tuple[str, ...], dict[str, Any]] = {
     },
     ("model", "engram"): {"multi_branch": True, "compress": True, "gate": True, "shuffled": False},
     ("sweep", "engram"): {"multi_branch": True, "compress": True, "gate": True, "shuffled": False},
-    ("memory",): {"frozen": False},
+    ("memory",): {"frozen": False, "second_moment": "element"},
 }
 
 

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,13 +110,19 @@ def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
         Recorder(folder.metrics, config.log, identity[:12], settings, first_step) as recorder,
         Progress(config.log.progress, folder.path.name, first_step, max_steps) as progress,
     ):
+        following = _micro_batches(batches, first_step, max_steps, cfg.micro_batch_size, device)
+        for micro_batch in following[0][:1]:
+            memory.prefetch(micro_batch)
         for step in range(first_step, max_steps):
-            micro_batches, num_targets = _micro_batches(batches.batch(step), cfg.micro_batch_size, device)
+            micro_batches, num_targets = following
+            following = _micro_batches(batches, step + 1, max_steps, cfg.micro_batch_size, device)
             nats = 0.0
             expert_counts: torch.Tensor | None = None
-            for micro_batch in micro_batches:
+            for micro_batch, next_one in zip_longest(micro_batches, [*micro_batches[1:], *following[0][:1]]):
                 row_ids = memory.row_ids(micro_batch)
                 rows = memory.lookup(row_ids)
+                if next_one is not None:
+                    memory.prefetch(next_one)
                 output = engine.forward(micro_batch.token_ids, micro_batch.document_ids, rows, micro_batch.targets)
                 assert output.nats is not None  # targets were given
                 loss = output.nats / num_targets + sum(output.aux_losses.values()) / len(micro_batches)
@@ -212,12 +219,19 @@ def environment(num_threads: int, precision: str) -> dict[str, Any]:
     }
 
 
-def _micro_batches(batch: Batch, size: int, device: torch.device) -> tuple[list[Batch], int]:
-    """Cut a global batch into micro-batches; also the number of predicted tokens of the whole global batch.
+def _micro_batches(
+    batches: TrainBatches, step: int, max_steps: int, size: int, device: torch.device
+) -> tuple[list[Batch], int]:
+    """Cut a step's global batch into micro-batches; also the number of predicted tokens of the whole global batch.
+
+    After the last step there is none.
 
     Dividing every micro-batch's sum of nats by that one number makes the gradient that of the global mean, however
     the batch is cut.
     """
+    if step >= max_steps:
+        return [], 0
+    batch = batches.batch(step)
     num_targets = int((batch.targets >= 0).sum())
     parts = zip(batch.token_ids.split(size), batch.targets.split(size), batch.document_ids.split(size), strict=True)
     return [Batch(*(tensor.to(device) for tensor in part)) for part in parts], num_targets
