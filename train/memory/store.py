@@ -7,6 +7,7 @@ process that holds them, however it ends.
 
 import mmap
 import os
+import secrets
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -75,10 +76,11 @@ class SharedArrays:
     """
 
     def __init__(self, specs: Specs) -> None:
-        self._descriptor = os.memfd_create("memory_table")
+        name = f"memory_table_{secrets.token_hex(8)}"  # a number of a descriptor may come back, this name does not
+        self._descriptor = os.memfd_create(name)
         os.ftruncate(self._descriptor, _total(specs))
         self.tensors = _views(mmap.mmap(self._descriptor, _total(specs)), specs)
-        self.handle = f"/proc/{os.getpid()}/fd/{self._descriptor}"
+        self.handle = f"{os.getpid()} {self._descriptor} {name}"
 
     def release(self) -> None:
         """Takes the handle back, once all have opened it; the memory stays until the last of them ends."""
@@ -93,14 +95,19 @@ def open_shared_arrays(handle: str, specs: Specs) -> dict[str, Tensor]:
     Raises:
         ValueError: that process has ended or released them, or their size is another.
     """
+    process, number, name = handle.split()
+    path = f"/proc/{process}/fd/{number}"
     try:
-        descriptor = os.open(handle, os.O_RDWR)
-    except OSError as error:
-        raise ValueError(f"the shared memory {handle} is gone ({error.strerror}): its maker ended") from error
+        target = os.readlink(path)
+        descriptor = os.open(path, os.O_RDWR) if target.startswith(f"/memfd:{name}") else -1
+    except OSError:
+        descriptor = -1
+    if descriptor < 0:
+        raise ValueError(f"the shared memory {name} is gone: process {process} has ended or released it")
     try:
         size = os.fstat(descriptor).st_size
         if size != _total(specs):
-            raise ValueError(f"the shared memory {handle} has {size} bytes, these arrays need {_total(specs)}")
+            raise ValueError(f"the shared memory {name} has {size} bytes, these arrays need {_total(specs)}")
         return _views(mmap.mmap(descriptor, size), specs)
     finally:
         os.close(descriptor)
