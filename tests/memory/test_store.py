@@ -51,8 +51,8 @@ from models.lazy_adam import MemoryOptimConfig
 from train.memory.place import RowType, array_specs
 from train.memory.store import open_shared_arrays
 arrays = open_shared_arrays(sys.argv[1], array_specs(53, 3, MemoryOptimConfig(), RowType.bf16))
-print(float(arrays["exp_avg"].sum()), flush=True)
 arrays["step"][7] = 41
+print(float(arrays["exp_avg"].sum()), flush=True)
 sys.stdin.readline()
 print(float(arrays["exp_avg"].sum()), flush=True)
 """
@@ -69,7 +69,7 @@ def test_two_processes_share_arrays_until_the_last_of_them_ends() -> None:
         assert shared.tensors["step"][7] == 41
         shared.release()
         for _ in range(2):
-            with pytest.raises(ValueError, match="memory_table_.* is gone: process"):
+            with pytest.raises(ValueError, match=r"memory_table_.* is gone: process"):
                 open_shared_arrays(shared.handle, SPECS)
             again = SharedArrays(SPECS)  # has the number of the first one's descriptor
         again.release()
