@@ -24,7 +24,7 @@ _NOT_IDENTITY: dict[tuple[str, ...], tuple[str, ...]] = {
 # from before `model.rotary`: there the rotary base was `model.attention.rope_theta`, and their identity is another one.
 # They can start new runs (`init_from`) once the setting is moved in their config.yaml.
 _LATER: dict[tuple[str, ...], dict[str, Any]] = {
-    (): {"init_sha256": None, "table": {"place": "device", "dtype": "fp32", "asynchronous": False}},
+    (): {"init_sha256": None},
     ("model",): {"mla": None, "over_encoding": None, "hyper_connections": None},
     ("model", "moe", "router"): {
         "kind": "sigmoid",
@@ -37,6 +37,7 @@ _LATER: dict[tuple[str, ...], dict[str, Any]] = {
     ("model", "engram"): {"multi_branch": True, "compress": True, "gate": True, "shuffled": False},
     ("sweep", "engram"): {"multi_branch": True, "compress": True, "gate": True, "shuffled": False},
     ("memory",): {"frozen": False, "second_moment": "element"},
+    ("table",): {"place": "device", "dtype": "fp32", "asynchronous": False},
 }
 
 
@@ -67,6 +68,9 @@ def identity_settings(plain_config: dict[str, Any]) -> dict[str, Any]:
         for name, value in values.items():
             if part.get(name, value) == value:
                 part.pop(name, None)
+        parent = _part(identity, path[:-1])
+        if path and parent.get(path[-1]) == {}:  # a component that came later as a whole
+            del parent[path[-1]]
     return identity
 
 

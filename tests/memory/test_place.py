@@ -8,12 +8,22 @@ import pytest
 import torch
 
 from models import transformer
+from models.accounting import ParameterRole, bytes_per_parameter
 from models.lazy_adam import MemoryOptimConfig, SecondMoment
+from models.ngram_hash import num_rows
+from tests.tiny import tiny_config
 from tests.tiny_run import final_tensors, make, run, without_clock
 from train.config import config_hash, validate
 from train.files import read_records
+from train.footprint import Layout, footprints, rows_elsewhere
 from train.generate import main as generate_main
-from train.memory.place import Place, RowType, TableConfig
+from train.memory.place import Place, RowType, TableConfig, array_specs
+from train.optim import OptimConfig
+
+DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
+
+
+ROW_ONLY: dict[str, Any] = {"second_moment": SecondMoment.row, "beta1": 0.0}
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +110,7 @@ def test_interrupted_equals_undisturbed(
     """bf16 rows with one second moment each: dies in the middle of step 6, goes on from step 3, ends to the bit."""
     changes: dict[str, Any] = {
         "table": TableConfig(place, RowType.bf16, asynchronous),
-        "memory": MemoryOptimConfig(second_moment=SecondMoment.row, beta1=0.0),
+        "memory": MemoryOptimConfig(**ROW_ONLY),
     }
     base = make(data_root, tmp_path / "a")
     changes["train"] = replace(base.train, eval_interval=2)  # evaluation must not disturb what is read ahead
@@ -149,3 +159,33 @@ def test_text_is_generated_from_a_run_with_rows_in_a_file(
     run(make(data_root, tmp_path / "run", table=table))
     assert generate_main([str(tmp_path / "run"), "def", "--max-new-tokens", "5"]) == 0
     assert capsys.readouterr().out.startswith("def")
+
+
+@pytest.mark.parametrize("rule", [{}, {"second_moment": SecondMoment.row}, ROW_ONLY])
+@pytest.mark.parametrize("dtype", list(RowType))
+def test_bytes_of_each_combination_are_those_of_its_arrays(dtype: RowType, rule: dict[str, Any]) -> None:
+    """And the numbers that docs/memory.md prints, for rows of 16."""
+    optim = MemoryOptimConfig(**rule)
+    bytes_held = sum(spec.nbytes for spec in array_specs(1000, 16, optim, dtype).values())
+    each = bytes_per_parameter(ParameterRole.memory, row_dim=16, optim=optim, bf16_rows=dtype is RowType.bf16)
+    assert each.total * 16_000 == bytes_held
+    start = f"| {dtype.value} | {optim.second_moment.value} | {optim.beta1:g} |"
+    line = next(line for line in DOCUMENT.splitlines() if line.startswith(start))
+    assert line.split("|")[-2].strip() == f"{each.total:.2f}"
+
+
+def test_rows_elsewhere_take_nothing_of_the_device() -> None:
+    cfg, optim, layout = tiny_config("moe_engram"), MemoryOptimConfig(), Layout(world_size=2, table_shards=2)
+    here = footprints(cfg, OptimConfig(), layout)
+    assert rows_elsewhere(cfg, layout, optim, TableConfig()) == {}
+    for table in (TableConfig(Place.host), TableConfig(Place.file)):
+        away = footprints(cfg, OptimConfig(), layout, optim, table)
+        assert away["memory"].total == 0 and (away["dense"], away["experts"]) == (here["dense"], here["experts"])
+        sizes = rows_elsewhere(cfg, layout, optim, table)
+        assert next(iter(sizes.values())).total == pytest.approx(here["memory"].total)
+    held = rows_elsewhere(cfg, layout, optim, TableConfig(Place.file))
+    assert held["its cache in RAM"].total > held["rows in a file"].total  # all of it fits, and the index comes on top
+    big = replace(cfg, engram=replace(cfg.engram, table_size=10**6))
+    cache = rows_elsewhere(big, layout, optim, TableConfig(Place.file, cache_mib=3))["its cache in RAM"]
+    rows = sum(num_rows(big.memory).values()) / 2
+    assert cache.total == pytest.approx(3 * 2**20 + 4 * rows, rel=1e-3)
