@@ -3,7 +3,8 @@
     checkpoints/step_00000400/
         model.safetensors    weights and buffers, fp32
         optim.safetensors    moments and step counts of the dense parameters
-        table_<layer>.safetensors   rows, moments and per-row step counts of one memory table
+        table_<layer>.safetensors   rows, moments and per-row step counts of one memory table; of an
+                                    asynchronous one also the rows before its last update
         extra.safetensors    weight averages and random-number state
         state.json           step and other numbers the loop needs
         manifest.json        size and SHA-256 of each file above; a checkpoint without it does not exist

@@ -11,6 +11,7 @@ from models import transformer
 from models.accounting import ParameterRole, bytes_per_parameter
 from models.lazy_adam import MemoryOptimConfig, SecondMoment
 from models.ngram_hash import num_rows
+from tests.memory.tables import host
 from tests.tiny import tiny_config
 from tests.tiny_run import final_tensors, make, run, without_clock
 from train.config import config_hash, validate
@@ -61,6 +62,11 @@ def test_what_does_not_go_together_is_refused(data_root: Path, tmp_path: Path) -
     cfg.model.engram = None
     with pytest.raises(ValueError, match=r"table.place=host has no effect on a model without memory"):
         validate(cfg)
+
+
+def test_a_table_larger_than_ram_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"table.place=host needs \d{5,}.\d GiB for one table.*or table.place=file"):
+        host(tmp_path, rows=10**9, width=10**4)
 
 
 def test_identity_counts_what_changes_numbers(data_root: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+import psutil
 import torch
 
 from models.lazy_adam import MemoryOptimConfig
@@ -97,6 +98,7 @@ def host_table(
 
     Raises:
         OSError: no room for the file.
+        ValueError: no room in RAM.
     """
     specs = array_specs(num_rows, row_dim, optim, cfg.dtype)
     store = _open(cfg, specs, folder)
@@ -106,6 +108,12 @@ def host_table(
 
 def _open(cfg: TableConfig, specs: Specs, folder: Path) -> Store:
     if cfg.place is not Place.file:
+        needed, free = sum(spec.nbytes for spec in specs.values()), psutil.virtual_memory().available
+        if needed > free:  # the kernel would promise it and end the run in the middle
+            raise ValueError(
+                f"table.place=host needs {needed / 2**30:.1f} GiB for one table, this machine has {free / 2**30:.1f} GiB "
+                "free; nearest: table.dtype=bf16 with memory.second_moment=row and memory.beta1=0, or table.place=file"
+            )
         return PlainStore(anonymous_arrays(specs))
     arrays = file_arrays(specs, Path(cfg.folder) if cfg.folder is not None else folder)
     return CachedStore(arrays, cfg.cache_mib * 2**20 // row_bytes(specs))
