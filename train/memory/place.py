@@ -111,7 +111,7 @@ def _open(cfg: TableConfig, specs: Specs, folder: Path) -> Store:
         needed, free = sum(spec.nbytes for spec in specs.values()), psutil.virtual_memory().available
         if needed > free:  # the kernel would promise it and end the run in the middle
             raise ValueError(
-                f"table.place=host needs {needed / 2**30:.1f} GiB for one table, this machine has {free / 2**30:.1f} GiB "
+                f"table.place=host needs {needed / 2**30:.1f} GiB for one table, this machine has {free / 2**30:.1f} "
                 "free; nearest: table.dtype=bf16 with memory.second_moment=row and memory.beta1=0, or table.place=file"
             )
         return PlainStore(anonymous_arrays(specs))
