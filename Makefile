@@ -82,7 +82,7 @@ bench: $(STAMP) ## training step against Hugging Face, dense AdamW and table siz
 	@$(BIN)/python -m scripts.bench_memory $(ARGS)
 	@$(BIN)/python -m scripts.bench_kernels $(ARGS)
 
-bench-host: $(STAMP) ## training step with table rows on the device, in RAM and in a file, 1e6 to 1e8 rows: 16 GiB (ARGS="--rows 1000000")
+bench-host: $(STAMP) ## training step with table rows on the device, in RAM and in a file, 1e6 to 1e8 rows: 12 GiB (ARGS="--rows 1000000")
 	@$(BIN)/python -m scripts.bench_host_table $(ARGS)
 
 # Makes no .venv: a machine with a GPU often comes with its own torch and Triton. PYTHON=... says which, or BIN=<folder>.

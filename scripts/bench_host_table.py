@@ -38,7 +38,7 @@ from train.prepare import open_prepared
 from train.shards import DataError
 
 CPU = torch.device("cpu")
-LAYER, ROW_DIM = 1, 4  # rows are narrow, so that 1e8 of them in three places fit 24 GiB
+LAYER, ROW_DIM = 1, 2  # rows are narrow, so that 1e8 of them in all places together take 8 GiB
 STEPS = 4  # of one form in one round
 CACHE_MIB = 64
 DEVICE = "device, fp32, Adam"

@@ -143,11 +143,6 @@ def validate(config: Config) -> None:
             f"train.micro_batch_size={config.train.micro_batch_size} must be at least 2 where a sequence reads its "
             "neighbour's rows (shuffled=true); nearest: 2"
         )
-    if config.table != TableConfig() and memory is None:
-        raise ValueError(
-            f"table.place={config.table.place.value} has no effect on a model without memory; nearest: "
-            f"table.place={Place.device.value}"
-        )
     if config.train.ema_decay and config.table.place is not Place.device:
         raise ValueError(
             f"train.ema_decay={config.train.ema_decay} needs a second copy of every row on the device and cannot be "

@@ -14,12 +14,14 @@ from models.ngram_hash import num_rows
 from tests.memory.tables import host
 from tests.tiny import tiny_config
 from tests.tiny_run import final_tensors, make, run, without_clock
+from train.build import build_model
 from train.config import config_hash, validate
 from train.files import read_records
 from train.footprint import Layout, footprints, rows_elsewhere
 from train.generate import main as generate_main
 from train.memory.place import Place, RowType, TableConfig, array_specs
 from train.optim import OptimConfig
+from train.start import load_weights
 
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
 
@@ -53,14 +55,10 @@ def test_settings_without_effect_are_refused(settings: dict[str, Any], message: 
         TableConfig(**settings)
 
 
-def test_what_does_not_go_together_is_refused(data_root: Path, tmp_path: Path) -> None:
+def test_an_average_of_rows_elsewhere_is_refused(data_root: Path, tmp_path: Path) -> None:
     cfg = make(data_root, tmp_path, table=TableConfig(Place.host))
     cfg.train.ema_decay = 0.9
     with pytest.raises(ValueError, match=r"train.ema_decay=0.9 needs .* table.place=host; nearest: train.ema_decay=0"):
-        validate(cfg)
-    cfg = make(data_root, tmp_path, table=TableConfig(Place.host))
-    cfg.model.engram = None
-    with pytest.raises(ValueError, match=r"table.place=host has no effect on a model without memory"):
         validate(cfg)
 
 
@@ -195,3 +193,17 @@ def test_rows_elsewhere_take_nothing_of_the_device() -> None:
     cache = rows_elsewhere(big, layout, optim, TableConfig(Place.file, cache_mib=3))["its cache in RAM"]
     rows = sum(num_rows(big.memory).values()) / 2
     assert cache.total == pytest.approx(3 * 2**20 + 4 * rows, rel=1e-3)
+
+
+def test_weights_of_another_run_are_taken_over(on_the_device: Path, tmp_path: Path) -> None:
+    """As `init_from` does, into a file whose cache already holds other rows."""
+    theirs = final_tensors(on_the_device)["table_1.weight"]
+    rows, width = theirs.shape
+    model = build_model(make(tmp_path, tmp_path).model, 0, torch.device("cpu"))
+    for dtype in RowType:
+        table = host(tmp_path, rows, width, Place.file, 20, dtype)
+        some = torch.arange(10)
+        table.lookup(some)
+        load_weights(on_the_device, None, model, {1: table})
+        assert torch.equal(table.lookup(some), theirs[:10].to(table.weight.dtype).float())
+        assert torch.equal(table.weight, theirs.to(table.weight.dtype))
