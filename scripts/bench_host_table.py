@@ -39,7 +39,7 @@ from train.shards import DataError
 
 CPU = torch.device("cpu")
 LAYER, ROW_DIM = 1, 2  # rows are narrow, so that 1e8 of them in all places together take 8 GiB
-STEPS = 4  # of one form in one round
+STEPS = 3  # of one form in one round
 CACHE_MIB = 64
 DEVICE = "device, fp32, Adam"
 
@@ -66,6 +66,7 @@ class Timed:
     def __init__(self, table: MemoryTable) -> None:
         self.table = table
         self.seconds, self.steps = 0.0, 0
+        self.rounds: list[float] = []  # processor seconds of all threads in each round
 
     def __getattr__(self, name: str) -> Any:
         call = getattr(self.table, name)
@@ -171,9 +172,11 @@ def steps_of(form: Form, rows: int) -> Callable[[], float]:
         return float(loss.detach())
 
     def block() -> float:
+        start = time.process_time()
         loss = [step() for _ in range(STEPS)][-1]
         if isinstance(form.table, HostTable):
             form.table.drain()
+        form.calls.rounds.append(time.process_time() - start)
         return loss
 
     return block
@@ -187,13 +190,15 @@ def measure(rows: int, rounds: int) -> list[dict[str, Any]]:
         for name, block in blocks.items():
             print(f"  ready: {rows:.0e} rows, {name} (loss {block():.3f})", flush=True)
         for form in made:
-            form.calls.seconds, form.calls.steps = 0.0, 0
+            form.calls.seconds, form.calls.steps, form.calls.rounds = 0.0, 0, []
         seconds = timed_rounds(blocks, rounds)
     return [
         {
             "rows": rows,
             "name": form.name,
             "milliseconds": 1e3 * statistics.median(seconds[form.name]) / STEPS,
+            "processor_milliseconds": 1e3 * statistics.median(form.calls.rounds) / STEPS,
+            "processor_ratio": paired_ratio(form.calls.rounds, made[0].calls.rounds),
             "milliseconds_in_calls": 1e3 * form.calls.seconds / form.calls.steps,
             "ratio": paired_ratio(seconds[form.name], seconds[DEVICE]),
             "anonymous_mib": form.anonymous / 2**20,
@@ -218,9 +223,9 @@ def report(records: list[dict[str, Any]], threads: int, rounds: int) -> str:
         "as there is memory.",
         load(),
         "",
-        "| rows | place, row, second moment | ms per step | ratio to the device | ms in table calls | anonymous MiB "
-        "| file MiB | hit rate |",
-        "|---|---|---|---|---|---|---|---|",
+        "| rows | place, row, second moment | ms per step | ratio to the device | processor ms | ratio | ms in calls "
+        "| anonymous MiB | file MiB | hit rate |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in records:
         hits = "" if r["hit_rate"] is None else f"{r['hit_rate']:.2f}"
@@ -228,11 +233,13 @@ def report(records: list[dict[str, Any]], threads: int, rounds: int) -> str:
         sizes = "same store | " if shared else f"{r['anonymous_mib']:.0f} | {r['mapped_mib']:.0f}"
         lines.append(
             f"| {r['rows']:.0e} | {r['name']} | {r['milliseconds']:.0f} | {r['ratio']:.3f} | "
-            f"{r['milliseconds_in_calls']:.1f} | {sizes} | {hits} |"
+            f"{r['processor_milliseconds']:.0f} | {r['processor_ratio']:.3f} | {r['milliseconds_in_calls']:.1f} | "
+            f"{sizes} | {hits} |"
         )
     lines += [
         "",
-        "In table calls: processor time of the training thread between steps' computations (prefetch, lookup, "
+        "Processor ms: of all threads, which other work on the machine changes less than the clock. In calls of the "
+        "table: processor time of the training thread between steps' computations (prefetch, lookup, "
         "accumulate, norm, apply); what another thread does and what is waited for is not in it.",
         "",
         "On a CPU the device's memory is host memory too, so the columns show what each place takes of it; on a GPU "
