@@ -99,7 +99,7 @@ def test_a_run_equals_that_of_the_device(
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     records = [without_clock(read_records(path / "metrics.jsonl")) for path in (tmp_path / "run", on_the_device)]
     assert records[0] == records[1]
-    assert not any("scratch" in path.name for path in (tmp_path / "run").iterdir())
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in on_the_device.iterdir()}
 
 
 class Interrupt(Exception):
