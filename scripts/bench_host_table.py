@@ -242,7 +242,8 @@ def report(records: list[dict[str, Any]], threads: int, rounds: int) -> str:
         "table: processor time of the training thread between steps' computations (prefetch, lookup, "
         "accumulate, norm, apply); what another thread does and what is waited for is not in it.",
         "",
-        "On a CPU the device's memory is host memory too, so the columns show what each place takes of it; on a GPU "
+        "Anonymous MiB when the table is made: pages of moments come with the first update of a row. On a CPU the "
+        "device's memory is host memory too, so the columns show what each place takes of it; on a GPU "
         "`torch.cuda.memory_allocated()` must be the same at every number of rows for `host` and `file`. An "
         "asynchronous table has something to gain where a core is free beside those that compute, or a GPU computes.",
     ]
