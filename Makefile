@@ -86,6 +86,9 @@ bench: $(STAMP) ## training step against Hugging Face, dense AdamW and table siz
 	@$(BIN)/python -m scripts.bench_memory $(ARGS)
 	@$(BIN)/python -m scripts.bench_kernels $(ARGS)
 
+bench-host: $(STAMP) ## training step with table rows on the device, in RAM and in a file, 1e6 to 1e8 rows: 12 GiB (ARGS="--rows 1000000")
+	@$(BIN)/python -m scripts.bench_host_table $(ARGS)
+
 # Makes no .venv: a machine with a GPU often comes with its own torch and Triton. PYTHON=... says which, or BIN=<folder>.
 bench-gpu: ## check and time the Triton kernels and training steps on a GPU; torch 2.13 and Triton 3.7 are enough (ARGS="--quick")
 	@$(or $(if $(filter command environment,$(origin PYTHON)),$(PYTHON)),$(wildcard $(BIN)/python),$(PYTHON)) -m scripts.bench_gpu $(ARGS)
@@ -108,5 +111,5 @@ test-distributed-full: $(STAMP) ## every combination of ranks, ZeRO stages, expe
 clean: ## remove caches (not data/, not runs/)
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache build *.egg-info; find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup sweep test sweep-plan sweep-long ladder ladder-plan smoke report prepare train import continue export generate params bench bench-gpu \
+.PHONY: help setup sweep test sweep-plan sweep-long ladder ladder-plan smoke report prepare train import continue export generate params bench bench-host bench-gpu \
 	calibrate check format test-slow test-distributed-full clean

@@ -3,7 +3,7 @@
 Nothing here knows processes, config frameworks or logging. Reading order: `transformer` (the figure: embed ->
 [engram] -> attention -> feed-forward or experts -> head), `hyper_connections`, `stream_kernels`, `attention`, `mla`,
 `softmax_attention`, `rotary`, `norm`, `feed_forward`, `router`, `baseline_routers`, `moe`, `expert_kernels`,
-`ngram_hash`, `engram`, `over_encoding`, `memory_table`, `loss`, `precision`, `initialize`, `accounting`,
+`ngram_hash`, `engram`, `over_encoding`, `lazy_adam`, `memory_table`, `loss`, `precision`, `initialize`, `accounting`,
 `activations`, `compiled` (torch.compile); the folders `native` and `kernels` hold kernels in C for CPUs and in Triton
 for GPUs; `expert_choice` times the experts' kernels.
 

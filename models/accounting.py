@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from enum import Enum
 
+from models.lazy_adam import MemoryOptimConfig
 from models.ngram_hash import num_rows
 from models.transformer import TransformerConfig
 
@@ -247,14 +248,22 @@ class BytesPerParameter:
 _MOMENTS = {ParameterRole.adamw: 2, ParameterRole.muon: 1}
 
 
-def bytes_per_parameter(role: ParameterRole, bf16_weights: bool = False, row_dim: int = 1) -> BytesPerParameter:
+def bytes_per_parameter(
+    role: ParameterRole,
+    bf16_weights: bool = False,
+    row_dim: int = 1,
+    optim: MemoryOptimConfig | None = None,
+    bf16_rows: bool = False,
+) -> BytesPerParameter:
     """Bytes of one parameter on one process, nothing sharded.
 
     Args:
         role: optimizer that holds it.
         bf16_weights: weights stored in bf16 beside an fp32 master copy; False for fp32 weights, also where autocast
-            computes in bf16. Tables are always fp32.
+            computes in bf16. It says nothing of tables.
         row_dim: M, width of a table row; each row has one int32 step count.
+        optim: which moments a table keeps; by default those of Adam.
+        bf16_rows: rows of tables stored in bf16, with no master copy: they are rounded stochastically.
 
     Returns:
         The table below, in bytes; a table's gradient exists only for the rows drawn in a step and is not counted.
@@ -264,9 +273,14 @@ def bytes_per_parameter(role: ParameterRole, bf16_weights: bool = False, row_dim
         | adamw  | 4       | 2            | 4         | 2    | 8         | 12   |
         | muon   | 4       | 2            | 4         | 2    | 4         | 8    |
         | memory | 4       | 4            | 0         | 0    | 8 + 4 / M | same |
+
+        Of memory, with rows in fp32 (4 bytes of weights) or bf16 (2), the optimizer's bytes are 8 + 4 / M with two
+        moments per element, 4 + 8 / M with one second moment per row, 8 / M if beta1 is 0 besides.
     """
     if role is ParameterRole.memory:
-        return BytesPerParameter(weights=4, gradients=0, optimizer=8 + 4 / row_dim)
+        numbers = sum((optim or MemoryOptimConfig()).state_widths(row_dim).values()) + 1  # per row, 4 bytes each
+        frozen = optim is not None and optim.frozen
+        return BytesPerParameter(2 if bf16_rows else 4, 0, 4 * (1 if frozen else numbers) / row_dim)
     moments = 4 * _MOMENTS[role]
     if bf16_weights:
         return BytesPerParameter(weights=2, gradients=2, optimizer=4 + moments)

@@ -1,8 +1,6 @@
-"""Memory tables: rows outside the model, with a lazy row-wise Adam."""
+"""Memory tables: rows outside the model, with a lazy Adam (models/lazy_adam.py)."""
 
-import math
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -10,42 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.initialize import seed_from_name
-
-
-class StepCount(str, Enum):
-    """Which step enters the bias correction of a row's moments."""
-
-    per_row = "per_row"  # the number of updates this row has had
-    global_step = "global_step"  # the number of updates the table has had
-
-
-@dataclass
-class MemoryOptimConfig:
-    """Adam on the touched rows; no weight decay (paper 4.1)."""
-
-    lr_multiplier: float = 5.0  # times the backbone's learning rate (paper 4.1)
-    beta1: float = 0.9  # decay of the first moment per update
-    beta2: float = 0.95  # decay of the second moment per update
-    eps: float = 1e-8  # added to the root of the second moment
-    step_count: StepCount = StepCount.per_row
-    frozen: bool = False  # rows keep their random start values (control): no gradient, no moments, no step counts
-
-    def __post_init__(self) -> None:
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"memory.{name}={getattr(self, name)} must be in [0, 1); usual: 0.9 and 0.95")
-        if not 0 < self.eps < math.inf:
-            raise ValueError(f"memory.eps={self.eps} must be positive and finite; usual: 1e-8")
-        if not 0 <= self.lr_multiplier < math.inf:
-            raise ValueError(f"memory.lr_multiplier={self.lr_multiplier} must not be negative, and finite; usual: 5.0")
-        if self.frozen:
-            for name in ("lr_multiplier", "beta1", "beta2", "eps", "step_count"):
-                default = getattr(MemoryOptimConfig, name)
-                if getattr(self, name) != default:
-                    raise ValueError(
-                        f"memory.{name}={getattr(self, name)} has no effect with memory.frozen=true: frozen rows are "
-                        f"never updated; nearest: {default}"
-                    )
+from models.lazy_adam import MemoryOptimConfig, bias_count, lazy_adam
 
 
 class MemoryTable(Protocol):
@@ -55,8 +18,39 @@ class MemoryTable(Protocol):
     `grad_sq_norm` (for the one global clipping norm), then `apply`, or `discard` where the step is skipped.
     """
 
-    rows_touched: int  # rows changed by the last `apply`
-    rows_ever_touched: int  # rows changed since the start
+    @property
+    def rows_touched(self) -> int:
+        """Rows changed by the last `apply`."""
+        ...
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all heads together."""
+        ...
+
+    @property
+    def weight(self) -> Tensor:
+        """(rows, M) all rows as of now, where they lie; to be read or written between steps."""
+        ...
+
+    @property
+    def step(self) -> Tensor:
+        """(rows,) int32, updates each row has had."""
+        ...
+
+    @property
+    def rows_ever_touched(self) -> int:
+        """Rows changed since the start."""
+        ...
+
+    @property
+    def update_ratio(self) -> float:
+        """|update| / |rows before it| of the rows changed by the last `apply`, 2-norms; 0 where none was."""
+        ...
+
+    def prefetch(self, row_ids: Tensor) -> None:
+        """Announces that the next `lookup` of training is that of `row_ids`, the same tensor; may do nothing."""
+        ...
 
     def lookup(self, row_ids: Tensor) -> Tensor:
         """row_ids (B, S, R) int64 -> rows (B, S, R, M) fp32, a detached leaf that requires grad unless frozen."""
@@ -110,13 +104,90 @@ def coalesce(row_ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return rows, F.embedding_bag(order, grad.float(), starts, mode="sum")
 
 
+class StepGradient:
+    """The gradient of one step's rows, summed over its micro-batches.
+
+    Args:
+        row_dim: M.
+    """
+
+    def __init__(self, row_dim: int) -> None:
+        self.row_dim = row_dim
+        self._parts: list[tuple[Tensor, Tensor]] = []  # coalesced (row ids, gradients), one per accumulation
+
+    def __bool__(self) -> bool:
+        return bool(self._parts)
+
+    def add(self, row_ids: Tensor, grad: Tensor) -> None:
+        """Adds the gradient (..., M) of rows (...).
+
+        Raises:
+            ValueError: the gradient's shape does not fit the row ids.
+        """
+        if grad.shape != (*row_ids.shape, self.row_dim):
+            raise ValueError(
+                f"gradient of shape {tuple(grad.shape)} does not belong to row ids of shape {tuple(row_ids.shape)} "
+                f"and rows of width {self.row_dim}"
+            )
+        self._parts.append(coalesce(row_ids.flatten(), grad.detach().reshape(-1, self.row_dim)))
+
+    def merged(self) -> tuple[Tensor, Tensor] | None:
+        """One coalesced pair, or None where nothing was added."""
+        if len(self._parts) > 1:
+            row_ids, grads = zip(*self._parts, strict=True)
+            self._parts = [coalesce(torch.cat(row_ids), torch.cat(grads))]
+        return self._parts[0] if self._parts else None
+
+    def take(self) -> tuple[Tensor, Tensor] | None:
+        """What `merged` gives, forgotten here."""
+        merged = self.merged()
+        self.clear()
+        return merged
+
+    def sq_norm(self) -> float:
+        """Squared 2-norm of the coalesced gradient, summed in fp64."""
+        merged = self.merged()
+        return 0.0 if merged is None else float(torch.linalg.vector_norm(merged[1], dtype=torch.float64) ** 2)
+
+    def clear(self) -> None:
+        """Forgets it."""
+        self._parts = []
+
+
+def check_shards(own: Mapping[str, Tensor], shards: Mapping[str, Tensor], others: set[str]) -> None:
+    """Compares a saved state with a table's arrays `own`; `others` may have any shape.
+
+    Raises:
+        ValueError: a name is missing or unknown, or a shape differs.
+    """
+    if set(shards) != {*own, *others}:
+        raise ValueError(f"memory table state must hold {sorted({*own, *others})}, found {sorted(shards)}")
+    for name, tensor in own.items():
+        if shards[name].shape != tensor.shape:
+            raise ValueError(
+                f"memory table state {name!r} has shape {tuple(shards[name].shape)}, this table needs "
+                f"{tuple(tensor.shape)}; the run's engram settings differ from the checkpoint's"
+            )
+
+
+def ratio_of_norms(norms: tuple[Tensor, Tensor] | None) -> float:
+    """The quotient of two norms; 0 where there are none, or the second is 0."""
+    return float(norms[0] / norms[1]) if norms is not None and float(norms[1]) > 0 else 0.0
+
+
+def hot_share(step: Tensor, sample: int = 2**20) -> float:
+    """Share of all row updates that went to the 1 % of the rows with the most; 0 where nothing was updated.
+
+    From the rows' step counts (rows,), so a row counts once per step, however often the step drew it. Of more than
+    `sample` rows a regular grid of about that many stands for all.
+    """
+    counts = step[:: max(1, len(step) // sample)].double().sort(descending=True).values
+    total = float(counts.sum())
+    return float(counts[: max(1, len(counts) // 100)].sum()) / total if total else 0.0
+
+
 class LocalTable:
-    """A table on this process, with lazy row-wise Adam: only rows drawn in a step are read or written in it.
-
-    For a drawn row with summed, clipped gradient g, and t its step count (see `StepCount`),
-
-        m <- beta1 m + (1 - beta1) g,   v <- beta2 v + (1 - beta2) g^2,
-        w <- w - lr * lr_multiplier * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps).
+    """A table on this process, with lazy row-wise Adam (`lazy_adam`): a step reads and writes only rows it drew.
 
     Lazy is not dense: dense Adam also decays the moments of the rows that were not drawn, and moves those rows by what
     is left of their momentum. Here they rest, moments included. The two agree where every row is drawn at every step.
@@ -155,19 +226,33 @@ class LocalTable:
         if rows is not None:
             num_rows = len(rows)
             self.weight = self.weight[rows.start : rows.stop].clone()
-        trained_shape = (0 if self.optim.frozen else num_rows, row_dim)
-        self.exp_avg = torch.zeros(trained_shape, device=device)
-        self.exp_avg_sq = torch.zeros(trained_shape, device=device)
+        trained, widths = 0 if self.optim.frozen else num_rows, self.optim.state_widths(row_dim)
+        self.exp_avg = torch.zeros((trained, widths["exp_avg"]), device=device)
+        self.exp_avg_sq = torch.zeros((trained, widths["exp_avg_sq"]), device=device)
         self.step = torch.zeros(num_rows, dtype=torch.int32, device=device)  # updates each row has had
         self.global_step = 0  # updates the table has had
         self.rows_touched = 0
         self.rows_ever_touched = 0
-        self._pending: list[tuple[Tensor, Tensor]] = []  # coalesced (row ids, gradients), one per accumulation
+        self._norms: tuple[Tensor, Tensor] | None = None  # of the last update and of the rows before it
+        self._gradient = StepGradient(row_dim)
 
     @property
     def num_rows(self) -> int:
         """Rows of all heads together."""
         return self.weight.shape[0]
+
+    @property
+    def update_ratio(self) -> float:
+        """|update| / |rows before it| of the rows changed by the last `apply`, 2-norms; 0 where none was."""
+        return ratio_of_norms(self._norms)
+
+    @property
+    def hot_share(self) -> float:
+        """Share of the updates that went to the 1 % of the rows with the most; see `hot_share`."""
+        return hot_share(self.step)
+
+    def prefetch(self, row_ids: Tensor) -> None:
+        """Nothing: the rows lie where they are used."""
 
     def lookup(self, row_ids: Tensor) -> Tensor:
         """Copies rows (B, S, R, M), detached from everything and requiring grad unless frozen."""
@@ -183,28 +268,15 @@ class LocalTable:
         """
         if self.optim.frozen:
             raise RuntimeError("the memory table is frozen (memory.frozen=true) and takes no gradient")
-        if grad.shape != (*row_ids.shape, self.weight.shape[1]):
-            raise ValueError(
-                f"gradient of shape {tuple(grad.shape)} does not belong to row ids of shape {tuple(row_ids.shape)} "
-                f"and rows of width {self.weight.shape[1]}"
-            )
-        self._pending.append(coalesce(row_ids.flatten(), grad.detach().reshape(-1, self.weight.shape[1])))
-
-    def _merged(self) -> tuple[Tensor, Tensor] | None:
-        """The step's gradient as one coalesced pair, or None where nothing was accumulated."""
-        if len(self._pending) > 1:
-            row_ids, grads = zip(*self._pending, strict=True)
-            self._pending = [coalesce(torch.cat(row_ids), torch.cat(grads))]
-        return self._pending[0] if self._pending else None
+        self._gradient.add(row_ids, grad)
 
     def grad_sq_norm(self) -> float:
         """Squared 2-norm of the coalesced gradient, summed in fp64."""
-        merged = self._merged()
-        return 0.0 if merged is None else float(torch.linalg.vector_norm(merged[1], dtype=torch.float64) ** 2)
+        return self._gradient.sq_norm()
 
     def pending_rows(self) -> Tensor:
         """Distinct ids of the rows that hold a gradient."""
-        merged = self._merged()
+        merged = self._gradient.merged()
         return torch.empty(0, dtype=torch.int64, device=self.step.device) if merged is None else merged[0]
 
     @torch.no_grad()
@@ -212,26 +284,20 @@ class LocalTable:
         """One lazy Adam update at learning rate lr * lr_multiplier; see the class for the formula."""
         if self.optim.frozen:
             return
-        merged = self._merged()
-        self.discard()
+        merged = self._gradient.take()
         self.global_step += 1
-        self.rows_touched = 0
+        self.rows_touched, self._norms = 0, None
         if merged is None:
             return
         rows, grad = merged
-        optim = self.optim
-        grad = grad * clip_factor  # (u, M)
         step = self.step[rows] + 1  # (u,)
-        exp_avg = self.exp_avg.index_select(0, rows).lerp_(grad, 1 - optim.beta1)
-        exp_avg_sq = self.exp_avg_sq.index_select(0, rows).mul_(optim.beta2).addcmul_(grad, grad, value=1 - optim.beta2)
-        if optim.step_count is StepCount.per_row:
-            count = step.double()[:, None]
-        else:
-            count = torch.full((1, 1), float(self.global_step), dtype=torch.float64, device=rows.device)
-        step_size = (lr * optim.lr_multiplier / (1 - optim.beta1**count)).to(grad.dtype)
-        correction = (1 - optim.beta2**count).sqrt().to(grad.dtype)
-        update = step_size * exp_avg / (exp_avg_sq.sqrt().div_(correction).add_(optim.eps))
-        self.weight.index_copy_(0, rows, self.weight.index_select(0, rows) - update)
+        update, exp_avg, exp_avg_sq = lazy_adam(
+            self.optim, lr, grad * clip_factor, bias_count(self.optim, step, self.global_step),
+            self.exp_avg.index_select(0, rows), self.exp_avg_sq.index_select(0, rows),
+        )  # fmt: skip
+        before = self.weight.index_select(0, rows)  # (u, M)
+        self._norms = update.norm(), before.norm()
+        self.weight.index_copy_(0, rows, before - update)
         self.exp_avg.index_copy_(0, rows, exp_avg)
         self.exp_avg_sq.index_copy_(0, rows, exp_avg_sq)
         self.step[rows] = step
@@ -240,15 +306,17 @@ class LocalTable:
 
     def discard(self) -> None:
         """Forgets the step's gradient."""
-        self._pending = []
+        self._gradient.clear()
 
     def state_shards(self) -> dict[str, Tensor]:
         """weight, exp_avg, exp_avg_sq (rows, M) fp32; step (rows,) int32; global_step (1,) int64. No copies.
 
+        Widths of the moments: `MemoryOptimConfig.state_widths`.
+
         Raises:
             RuntimeError: a gradient is waiting; only the state between steps can be resumed from.
         """
-        if self._pending:
+        if self._gradient:
             raise RuntimeError("the memory table holds a gradient; call apply or discard before saving its state")
         return {
             "weight": self.weight,
@@ -265,14 +333,7 @@ class LocalTable:
             ValueError: a name is missing or unknown, or a shape differs.
         """
         own = {"weight": self.weight, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "step": self.step}
-        if set(shards) != {*own, "global_step"}:
-            raise ValueError(f"memory table state must hold {sorted({*own, 'global_step'})}, found {sorted(shards)}")
-        for name, tensor in own.items():
-            if shards[name].shape != tensor.shape:
-                raise ValueError(
-                    f"memory table state {name!r} has shape {tuple(shards[name].shape)}, this table needs "
-                    f"{tuple(tensor.shape)}; the run's engram settings differ from the checkpoint's"
-                )
+        check_shards(own, shards, {"global_step"})
         for name, tensor in own.items():
             tensor.copy_(shards[name])
         self.global_step = int(shards["global_step"].item())

@@ -21,8 +21,7 @@ from models.accounting import ParameterCounts, count_parameters, flops_per_token
 from models.transformer import ActivationCheckpointing, TransformerConfig
 from train.compose import compose
 from train.config import Config
-from train.footprint import Footprint, Layout, activations, footprints, meta_model
-from train.optim import OptimConfig
+from train.footprint import Footprint, Layout, activations, footprints, meta_model, rows_elsewhere
 
 ENGRAM = "arXiv 2601.07372"
 DEEPSEEKMOE = "arXiv 2401.06066"
@@ -156,10 +155,9 @@ def flops_table(name: str, cfg: TransformerConfig) -> tuple[str, Table]:
     return f"{name}: FLOPs per token, forward, {cfg.seq_len} positions", table
 
 
-def bytes_table(
-    name: str, cfg: TransformerConfig, optim: OptimConfig, layout: Layout, micro_batch_size: int
-) -> tuple[str, Table]:
-    """GiB per device by part and role."""
+def bytes_table(name: str, config: Config, layout: Layout, micro_batch_size: int) -> tuple[str, Table]:
+    """GiB per device by part and role; below the sum, rows that lie elsewhere."""
+    cfg, optim = config.model, config.optim
     title = (
         f"{name}: GiB on the fullest of {layout.world_size} devices, ZeRO {layout.zero_stage}, experts over "
         f"{layout.expert_parallel_size}, rows over {layout.table_shards}, "
@@ -167,7 +165,7 @@ def bytes_table(
         f"{cfg.seq_len} in bf16, checkpointing {cfg.activation_checkpointing.value}"
     )
     table = Table("part", "weights", "gradients", "optimizer", "activations", "all")
-    parts = footprints(cfg, optim, layout)
+    parts = footprints(cfg, optim, layout, config.memory, config.table)
     kept = activations(cfg, layout, micro_batch_size)
     for part, each in parts.items():
         cells = (each.weights, each.gradients, each.optimizer)
@@ -179,6 +177,11 @@ def bytes_table(
     total, all_kept = sum(parts.values(), Footprint(0, 0, 0)), sum(kept.values())
     sums = (total.weights, total.gradients, total.optimizer, all_kept, total.total + all_kept)
     table.add_row("all", *(gib(size) for size in sums))
+    elsewhere = rows_elsewhere(cfg, layout, config.memory, config.table)
+    if elsewhere:
+        table.add_section()
+    for part, each in elsewhere.items():
+        table.add_row(f"not on the device: {part}", gib(each.weights), "", gib(each.optimizer), "", gib(each.total))
     return title, table
 
 
@@ -248,7 +251,7 @@ def main(arguments: list[str]) -> int:
         for title, table in (
             parameter_table(args.model, model),
             flops_table(args.model, model),
-            bytes_table(args.model, model, config.optim, layout, args.micro_batch),
+            bytes_table(args.model, replace(config, model=model), layout, args.micro_batch),
         ):
             console.print(f"\n{title}", highlight=False, soft_wrap=True)
             console.print(table)

@@ -122,7 +122,7 @@ def test_clipping_is_torchs_over_parameters_and_a_dense_table(
     assert norm > 3 * clip
     setup = Setup(OptimConfig(kind=kind, grad_clip=clip), zero_stage)
     setup.backward(accumulation)
-    row_ids, rows_gradient = setup.table._merged()  # type: ignore[misc]
+    row_ids, rows_gradient = setup.table._gradient.merged()  # type: ignore[misc]
     raw = {name: gradient.clone() for name, _, gradient in setup.engine.gradients()}
     report = setup.engine.step(1.0)
     assert report.grad_norm == pytest.approx(norm, rel=1e-5)
@@ -263,7 +263,7 @@ def test_an_infinite_gradient_leaves_everything_as_it_was(where: str, stage: int
     if where == "parameter":
         next(setup.engine.gradients()).values[0] = float("inf")
     else:
-        setup.table._pending[0][1][0, 0] = float("inf")
+        setup.table._gradient.merged()[1][0, 0] = float("inf")
     with pytest.raises(NonFiniteLossError, match=r"gradient norm is inf.*optim.lr"):
         setup.engine.step(1.0)
     setup.table.discard()

@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from models.memory_table import LocalTable, MemoryOptimConfig, StepCount, coalesce
+from models.lazy_adam import MemoryOptimConfig, StepCount
+from models.memory_table import LocalTable, coalesce
 from tests.tiny import relative_error
 
 LR = 0.01

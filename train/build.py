@@ -1,16 +1,16 @@
 """From a configuration to the live objects of a run: model, hasher, tables, engine."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from models.initialize import initialize
-from models.memory_table import LocalTable
+from models.memory_table import LocalTable, MemoryTable
 from models.moe import is_padded
 from models.ngram_hash import NgramHasher, table_sizes
 from models.transformer import Output, Transformer, TransformerConfig
@@ -18,6 +18,7 @@ from train.data import Batch
 from train.ema import WeightAverage
 from train.engine import Engine
 from train.expert_parallel import AllToAllDispatcher
+from train.memory.place import Place, host_table
 from train.memory.sharded import ShardedTable
 from train.ranks import ALONE, Ranks
 from train.shards import PreparedData
@@ -32,17 +33,26 @@ class Memory:
     """The hasher and tables of a model's Engram layers or OverEncoding; empty for a model without."""
 
     hasher: NgramHasher | None
-    tables: dict[int, LocalTable | ShardedTable]
+    tables: Mapping[int, MemoryTable]
+    _ahead: tuple[Batch, dict[int, Tensor]] | None = field(default=None, repr=False)  # the announced batch, its ids
 
     @property
-    def local_tables(self) -> dict[int, LocalTable]:
+    def local_tables(self) -> dict[int, MemoryTable]:
         """{layer: the rows that lie on this rank}."""
         return {
             layer: table.local if isinstance(table, ShardedTable) else table for layer, table in self.tables.items()
         }
 
+    def prefetch(self, batch: Batch) -> None:
+        """Announces the batch that is trained on next, so that tables can read its rows meanwhile."""
+        self._ahead = batch, self.row_ids(batch)
+        for layer, ids in self._ahead[1].items():
+            self.tables[layer].prefetch(ids)
+
     def row_ids(self, batch: Batch) -> dict[int, Tensor]:
         """{layer: (B, S, R)} rows that each token reads; a function of the batch's token ids alone."""
+        if self._ahead is not None and self._ahead[0] is batch:
+            return self._ahead[1]
         return self.hasher(batch.token_ids, batch.document_ids) if self.hasher is not None else {}
 
     def lookup(self, row_ids: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -74,21 +84,33 @@ def build_memory(config: "Config", prepared: PreparedData, device: torch.device,
     if cfg is None:
         return Memory(None, {})
     hasher = NgramHasher(cfg, torch.as_tensor(prepared.compression_table), prepared.pad_id, device)
-    tables: dict[int, LocalTable | ShardedTable] = {}
+    tables: dict[int, MemoryTable] = {}
     for layer, sizes in table_sizes(cfg).items():
-        num_rows = sum(sum(order) for order in sizes)
-        local = LocalTable(
-            num_rows=num_rows,
-            row_dim=cfg.row_dim,
-            init_std=config.model.init_std,
-            seed=config.seed,
-            layer=layer,
-            optim=config.memory,
-            device=device,
-            rows=None if ranks.world_size == 1 else ranks.share(num_rows),
-        )
-        tables[layer] = local if ranks.world_size == 1 else ShardedTable(local, num_rows, ranks)
+        num_rows = sum(map(sum, sizes))
+        if ranks.world_size == 1:
+            tables[layer] = _table(config, layer, num_rows, device)
+        else:
+            local = _table(config, layer, num_rows, device, ranks.share(num_rows))
+            tables[layer] = ShardedTable(local, num_rows, ranks, config.memory.frozen)
     return Memory(hasher, tables)
+
+
+def _table(config: "Config", layer: int, num_rows: int, device: torch.device, rows: range | None = None) -> MemoryTable:
+    """A table of one layer, or some rows of it, where `config.table` wants it."""
+    assert config.model.memory is not None  # the caller has its layers from there
+    common: dict[str, Any] = {
+        "num_rows": num_rows,
+        "row_dim": config.model.memory.row_dim,
+        "init_std": config.model.init_std,
+        "seed": config.seed,
+        "layer": layer,
+        "optim": config.memory,
+        "device": device,
+    }
+    if config.table.place is Place.device:
+        return LocalTable(**common, rows=rows)
+    assert rows is None  # refused by `train.config.validate`
+    return host_table(config.table, **common, folder=Path(config.run_dir))
 
 
 def build_engine(

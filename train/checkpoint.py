@@ -3,7 +3,8 @@
     checkpoints/step_00000400/
         model.rank00000.safetensors    weights and buffers, fp32, as far as rank 0 owns them
         optim.rank00000.safetensors    moments and step counts of the dense parameters
-        table_<layer>.rank00000.safetensors   rows, moments and per-row step counts of one memory table
+        table_<layer>.rank00000.safetensors   rows, moments and per-row step counts of one memory table; of an
+                                       asynchronous one also the rows before its last update
         average.rank00000.safetensors  weight averages
         extra.rank00000.safetensors    random-number state of each rank
         state.json                     step and other numbers the loop needs

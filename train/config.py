@@ -19,6 +19,7 @@ from train.execution import EngineConfig, Precision, resolve_native, resolve_pre
 from train.identity import identity_hash, to_plain
 from train.kernel_choice import resolve_expert_kernel
 from train.loop import TrainConfig
+from train.memory.place import Place, TableConfig
 from train.metrics import LogConfig
 from train.optim import OptimConfig
 from train.ranks import local_world_size, world_size
@@ -35,6 +36,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     memory: MemoryOptimConfig = field(default_factory=MemoryOptimConfig)
+    table: TableConfig = field(default_factory=TableConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -148,6 +150,11 @@ def validate(config: Config) -> None:
             f"train.micro_batch_size={config.train.micro_batch_size} must be at least 2 where a sequence reads its "
             "neighbour's rows (shuffled=true); nearest: 2"
         )
+    if config.train.ema_decay and config.table.place is not Place.device:
+        raise ValueError(
+            f"train.ema_decay={config.train.ema_decay} needs a second copy of every row on the device and cannot be "
+            f"used with table.place={config.table.place.value}; nearest: train.ema_decay=0, or table.place=device"
+        )
     if config.train.eval_tokens < config.model.seq_len:
         raise ValueError(
             f"train.eval_tokens={config.train.eval_tokens} must be >= model.seq_len={config.model.seq_len}, one "
@@ -179,6 +186,11 @@ def _validate_ranks(config: Config, ranks: int) -> None:
         raise ValueError(
             f"engine.expert_parallel={degree} must be at most model.moe.num_experts={moe.num_experts}, so that every "
             f"rank holds an expert; nearest: {moe.num_experts}"
+        )
+    if ranks > 1 and config.model.memory is not None and config.table.place is not Place.device:
+        raise ValueError(
+            f"table.place={config.table.place.value} does not work with {ranks} ranks yet: rows spread over ranks lie "
+            "on their devices; set table.place=device, or train in one process"
         )
     if config.engine.zero_stage == 3 and config.train.ema_decay:
         raise ValueError(

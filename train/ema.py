@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from models.memory_table import LocalTable
+from models.memory_table import MemoryTable
 from train.held import check_names
 
 
@@ -45,7 +45,7 @@ class WeightAverage:
         max_steps: steps of the whole run.
     """
 
-    def __init__(self, model: nn.Module, tables: Mapping[int, LocalTable], decay: float, max_steps: int) -> None:
+    def __init__(self, model: nn.Module, tables: Mapping[int, MemoryTable], decay: float, max_steps: int) -> None:
         self.parameters: dict[str, Tensor] = dict(model.named_parameters())
         self.tables = tables
         self.dense = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}

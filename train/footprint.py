@@ -7,9 +7,11 @@ import torch
 
 from models.accounting import ParameterRole, bytes_per_parameter
 from models.activations import BF16, activation_bytes
+from models.lazy_adam import MemoryOptimConfig
 from models.moe import ExpertKernel
 from models.ngram_hash import num_rows
 from models.transformer import ActivationCheckpointing, Transformer, TransformerConfig
+from train.memory.place import Place, RowType, TableConfig
 from train.optim import OptimConfig, parameter_groups
 
 
@@ -67,14 +69,24 @@ def meta_model(cfg: TransformerConfig) -> Transformer:
         return Transformer(cfg)
 
 
-def footprints(cfg: TransformerConfig, optim: OptimConfig, layout: Layout) -> dict[str, Footprint]:
+def footprints(
+    cfg: TransformerConfig,
+    optim: OptimConfig,
+    layout: Layout,
+    memory: MemoryOptimConfig | None = None,
+    table: TableConfig | None = None,
+) -> dict[str, Footprint]:
     """Bytes per device of the parts of a model: `dense`, `experts` (routed) and `memory` (rows).
+
+    Rows that lie elsewhere take no memory of the device; `rows_elsewhere` counts them.
 
     With Z ranks that hold copies of a parameter, ZeRO leaves 1 / Z of its optimizer state (stage >= 1), gradient
     (>= 2) and weight (3) on each (Rajbhandari et al. 2020, arXiv 1910.02054, 3). Experts have copies on
     world_size / expert_parallel_size ranks, and the fullest rank holds ceil(E / expert_parallel_size) of E.
     """
-    dense, experts = Footprint(0, 0, 0), Footprint(0, 0, 0)
+    dense, experts, rows = Footprint(0, 0, 0), Footprint(0, 0, 0), Footprint(0, 0, 0)
+    if table is None or table.place is Place.device:
+        rows = _memory(cfg, layout, memory, bf16_rows=False)
     num_experts = cfg.moe.num_experts if cfg.moe is not None else 1
     local = math.ceil(num_experts / layout.expert_parallel_size) / num_experts
     for group in parameter_groups(meta_model(cfg), optim):
@@ -85,7 +97,7 @@ def footprints(cfg: TransformerConfig, optim: OptimConfig, layout: Layout) -> di
                 experts += _divided(parameter.numel() * local, role, copies, layout)
             else:
                 dense += _divided(parameter.numel(), role, layout.world_size, layout)
-    return {"dense": dense, "experts": experts, "memory": _memory(cfg, layout)}
+    return {"dense": dense, "experts": experts, "memory": rows}
 
 
 def _divided(numel: float, role: ParameterRole, copies: int, layout: Layout) -> Footprint:
@@ -94,14 +106,38 @@ def _divided(numel: float, role: ParameterRole, copies: int, layout: Layout) -> 
     return Footprint(share[0] * each.weights, share[1] * each.gradients, share[2] * each.optimizer)
 
 
-def _memory(cfg: TransformerConfig, layout: Layout) -> Footprint:
+def rows_elsewhere(
+    cfg: TransformerConfig, layout: Layout, memory: MemoryOptimConfig, table: TableConfig
+) -> dict[str, Footprint]:
+    """Bytes that the rows of the fullest rank take of its machine's RAM, and of its disk.
+
+    A file's cache holds whole rows, up to `cache_mib` for each table, and 4 bytes for every row of the file.
+    """
+    if cfg.memory is None or table.place is Place.device:
+        return {}
+    held = _memory(cfg, layout, memory, table.dtype is RowType.bf16)
+    if table.place is Place.host:
+        return {"rows in RAM": held}
+    found = Footprint(0, 0, 0)
+    for rows in num_rows(cfg.memory).values():
+        local = math.ceil(rows / layout.table_shards)
+        each = _rows(cfg.memory.row_dim, local, memory, table.dtype is RowType.bf16)
+        share = min(1.0, table.cache_mib * 2**20 / each.total)
+        found += Footprint(each.weights * share, 0, each.optimizer * share + 4 * local)
+    return {"rows in a file": held, "its cache in RAM": found}
+
+
+def _memory(cfg: TransformerConfig, layout: Layout, optim: MemoryOptimConfig | None, bf16_rows: bool) -> Footprint:
     """Rows with their moments and step counts; their gradient exists only for the rows of a step."""
     if cfg.memory is None:
         return Footprint(0, 0, 0)
-    each = bytes_per_parameter(ParameterRole.memory, row_dim=cfg.memory.row_dim)
     rows = sum(math.ceil(rows / layout.table_shards) for rows in num_rows(cfg.memory).values())
-    numel = rows * cfg.memory.row_dim
-    return Footprint(numel * each.weights, 0, numel * each.optimizer)
+    return _rows(cfg.memory.row_dim, rows, optim, bf16_rows)
+
+
+def _rows(row_dim: int, rows: int, optim: MemoryOptimConfig | None, bf16_rows: bool) -> Footprint:
+    each = bytes_per_parameter(ParameterRole.memory, row_dim=row_dim, optim=optim, bf16_rows=bf16_rows)
+    return Footprint(rows * row_dim * each.weights, 0, rows * row_dim * each.optimizer)
 
 
 def activations(cfg: TransformerConfig, layout: Layout, micro_batch_size: int) -> dict[str, int]:

@@ -15,6 +15,7 @@ _NOT_IDENTITY: dict[tuple[str, ...], tuple[str, ...]] = {
     # The weights to start from count by their content, init_sha256; init_changes only lets a setting pass a check.
     (): ("run_dir", "log", "schema_version", "init_from", "init_changes"),
     ("data",): ("root",),
+    ("table",): ("folder", "cache_mib"),
     ("train",): (
         "checkpoint_interval",
         "keep_checkpoints",
@@ -41,7 +42,8 @@ _LATER: dict[tuple[str, ...], dict[str, Any]] = {
     },
     ("model", "engram"): {"multi_branch": True, "compress": True, "gate": True, "shuffled": False},
     ("sweep", "engram"): {"multi_branch": True, "compress": True, "gate": True, "shuffled": False},
-    ("memory",): {"frozen": False},
+    ("memory",): {"frozen": False, "second_moment": "element"},
+    ("table",): {"place": "device", "dtype": "fp32", "asynchronous": False},
     ("engine",): {"expert_parallel": 1},
 }
 
@@ -76,6 +78,9 @@ def identity_settings(plain_config: dict[str, Any]) -> dict[str, Any]:
         for name, value in values.items():
             if part.get(name, value) == value:
                 part.pop(name, None)
+        parent = _part(identity, path[:-1])
+        if path and parent.get(path[-1]) == {}:  # a component that came later as a whole
+            del parent[path[-1]]
     return identity
 
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,13 +132,19 @@ def train(config: "Config", folder: RunFolder, identity: str, ranks: Ranks = ALO
     ):
         if cfg.checkpoint_interval and first_step + cfg.checkpoint_interval < max_steps:
             prepare_saves(writer, engine, memory, average)
+        following = _micro_batches(batches, first_step, max_steps, cfg.micro_batch_size, device, ranks)
+        for micro_batch in following[0][:1]:
+            memory.prefetch(micro_batch)
         for step in range(first_step, max_steps):
-            micro_batches, num_targets = _micro_batches(batches.batch(step), cfg.micro_batch_size, device, ranks)
+            micro_batches, num_targets = following
+            following = _micro_batches(batches, step + 1, max_steps, cfg.micro_batch_size, device, ranks)
             totals = torch.zeros(2, dtype=torch.float64, device=device)  # nats, and the loss with auxiliary terms
             expert_counts: torch.Tensor | None = None
-            for micro_batch in micro_batches:
+            for micro_batch, next_one in zip_longest(micro_batches, [*micro_batches[1:], *following[0][:1]]):
                 row_ids = memory.row_ids(micro_batch)
                 rows = memory.lookup(row_ids)
+                if next_one is not None:
+                    memory.prefetch(next_one)
                 output = engine.forward(micro_batch.token_ids, micro_batch.document_ids, rows, micro_batch.targets)
                 assert output.nats is not None  # targets were given
                 aux_loss = sum(output.aux_losses.values()) / len(micro_batches)
@@ -238,12 +245,19 @@ def environment(num_threads: int, precision: str) -> dict[str, Any]:
     }
 
 
-def _micro_batches(batch: Batch, size: int, device: torch.device, ranks: Ranks) -> tuple[list[Batch], int]:
-    """Cut this rank's slice of a global batch into micro-batches; also the predicted tokens of the whole global batch.
+def _micro_batches(
+    batches: TrainBatches, step: int, max_steps: int, size: int, device: torch.device, ranks: Ranks
+) -> tuple[list[Batch], int]:
+    """Cut this rank's slice of a step's global batch into micro-batches; also the predicted tokens of all of it.
+
+    After the last step there is none.
 
     Dividing every micro-batch's sum of nats by that one number makes the gradient that of the global mean, however
     the batch is cut.
     """
+    if step >= max_steps:
+        return [], 0
+    batch = batches.batch(step)
     num_targets = int((batch.targets >= 0).sum())
     mine = ranks.share(len(batch.token_ids))
     tensors = (batch.token_ids, batch.targets, batch.document_ids)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from models.memory_table import LocalTable
+from models.memory_table import MemoryTable
 from train.build import Memory
 from train.checkpoint import Checkpoint
 from train.checkpoint_folder import newest_good, remove_leftovers
@@ -113,11 +113,14 @@ def load_tables(found: Checkpoint, memory: Memory, ranks: Ranks = ALONE) -> None
         ValueError: the checkpoint's tables have other shapes.
     """
     for layer, table in memory.tables.items():
-        shards = table.state_shards()
-        live = list(_held_table(layer, table, shards, ranks))
-        check_fits(live, found.shapes(), f"table_{layer}", [one.name for one in live])
+        shards, stem = table.state_shards(), f"table_{layer}"
+        held = list(_held_table(layer, table, shards, ranks))
+        # What is not there once per row (step counts of the table, rows of an update under way) has any length.
+        others = {key for key in shards if f"{stem}.{key}" in found.tensors and len(shards[key]) != _num_local(table)}
+        live = [one for one in held if one.name.removeprefix(f"{stem}.") not in others]
+        check_fits(live, found.shapes(), stem, [one.name for one in live] + [f"{stem}.{key}" for key in others])
         fill(found, live)
-        table.load_state_shards(shards)
+        table.load_state_shards(shards | {key: found.tensor(f"{stem}.{key}") for key in others})
 
 
 def load_average(found: Checkpoint, average: WeightAverage, live: list[Held]) -> None:
@@ -144,21 +147,23 @@ def fill(found: Checkpoint, live: Iterable[Held]) -> None:
         found.read(one.name, one.start, one.values.numel(), out=one.values)
 
 
-def _held_table(
-    layer: int, table: LocalTable | ShardedTable, shards: Mapping[str, Tensor], ranks: Ranks
-) -> Iterator[Held]:
+def _held_table(layer: int, table: MemoryTable, shards: Mapping[str, Tensor], ranks: Ranks) -> Iterator[Held]:
     """What lies here of a table.
 
     Rows in a shared or file mapping are marked to be written from there: a copy would take the memory that the mapping
     was meant to save.
     """
-    rows = table.rows if isinstance(table, ShardedTable) else range(table.num_rows)
+    first_row = table.rows.start if isinstance(table, ShardedTable) else 0
     for key, tensor in shards.items():
         name, mapped = f"table_{layer}.{key}", tensor.is_cpu and tensor.is_shared()
-        if len(tensor) == len(rows):
-            yield slice_of(name, tensor, table.num_rows, rows.start, in_place=mapped)
+        if len(tensor) == _num_local(table):
+            yield slice_of(name, tensor, table.num_rows, first_row, in_place=mapped)
         elif tensor.numel():
             yield alike(name, tensor, ranks.rank, ranks.world_size)
+
+
+def _num_local(table: MemoryTable) -> int:
+    return len(table.rows) if isinstance(table, ShardedTable) else table.num_rows
 
 
 def _held_average(engine: Engine, memory: Memory, average: WeightAverage) -> Iterator[Held]:

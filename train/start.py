@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from models.memory_table import LocalTable
+from models.memory_table import MemoryTable
 from models.transformer import Transformer
 from train import checkpoint
 from train.checkpoint_folder import newest
@@ -197,7 +197,7 @@ def _roots(*configs: "Config") -> list[Path]:
 
 
 @torch.no_grad()
-def load_weights(folder: Path, sha256: str | None, model: Transformer, tables: Mapping[int, LocalTable]) -> None:
+def load_weights(folder: Path, sha256: str | None, model: Transformer, tables: Mapping[int, MemoryTable]) -> None:
     """Copy the newest weights below `folder` into a model and its tables, tensor by tensor; moments stay as they are.
 
     The weights themselves, also where the run that wrote them validated with their average. Tables of which the folder

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.accounting import flops_per_token
-from models.memory_table import LocalTable
+from models.memory_table import MemoryTable
 from models.transformer import Stats, TransformerConfig
 
 
@@ -34,7 +34,7 @@ class StepStatistics:
         """Count the tokens of one step."""
         self._tokens += num_tokens
 
-    def collect(self, stats: Stats, expert_counts: Tensor | None, tables: Mapping[int, LocalTable]) -> dict[str, Any]:
+    def collect(self, stats: Stats, expert_counts: Tensor | None, tables: Mapping[int, MemoryTable]) -> dict[str, Any]:
         """One record's worth, and restart the clock. Router entropy, drops and gates are the last micro-batch's."""
         tokens_per_second = self._tokens / max(time.perf_counter() - self._start, 1e-9)
         record: dict[str, Any] = {"perf/tokens_per_second": tokens_per_second}
@@ -57,6 +57,6 @@ class StepStatistics:
                 record[f"engram/gate_histogram_{layer}"] = stats.gate_histogram[layer].tolist()
             record[f"{self.memory_part}/rows_touched_{layer}"] = table.rows_touched
             record[f"{self.memory_part}/rows_ever_touched_{layer}"] = table.rows_ever_touched
-            record[f"{self.memory_part}/num_rows_{layer}"] = len(table.weight)
+            record[f"{self.memory_part}/num_rows_{layer}"] = table.num_rows
         self.restart_clock()
         return record

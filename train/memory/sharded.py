@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from models.memory_table import LocalTable, coalesce
+from models.memory_table import MemoryTable, coalesce
 from train.expert_parallel import exchange
 from train.ranks import Ranks, part
 
@@ -41,25 +41,59 @@ class ShardedTable:
         local: holds this rank's rows.
         num_rows: of the whole table.
         ranks: the processes that share it.
+        frozen: whether rows ask for no gradient.
     """
 
-    def __init__(self, local: LocalTable, num_rows: int, ranks: Ranks):
+    def __init__(self, local: MemoryTable, num_rows: int, ranks: Ranks, frozen: bool = False):
         self.local = local
-        self.num_rows = num_rows
+        self._num_rows = num_rows
         self.ranks = ranks
+        self.frozen = frozen
         self.rows = part(num_rows, ranks.rank, ranks.world_size)
         self._ends = torch.tensor([part(num_rows, rank, ranks.world_size).stop for rank in range(ranks.world_size)])
         self._ends = self._ends.to(local.weight.device)
         self._routes: list[_Route] = []  # of lookups whose gradient has not come yet
-        self.rows_touched, self.rows_ever_touched = 0, 0  # of this rank's rows, as in `MemoryTable`
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all ranks together."""
+        return self._num_rows
+
+    @property
+    def weight(self) -> Tensor:
+        """This rank's rows."""
+        return self.local.weight
+
+    @property
+    def step(self) -> Tensor:
+        """Updates that each of this rank's rows has had."""
+        return self.local.step
+
+    @property
+    def rows_touched(self) -> int:
+        """Rows of this rank that the last `apply` changed."""
+        return self.local.rows_touched
+
+    @property
+    def rows_ever_touched(self) -> int:
+        """Rows of this rank changed since the start."""
+        return self.local.rows_ever_touched
+
+    @property
+    def update_ratio(self) -> float:
+        """Of this rank's rows; see `MemoryTable`."""
+        return self.local.update_ratio
+
+    def prefetch(self, row_ids: Tensor) -> None:
+        """Nothing: rows are fetched when they are looked up."""
 
     def lookup(self, row_ids: Tensor) -> Tensor:
         """row_ids (B, S, R) -> rows (B, S, R, M), a detached leaf that requires grad unless frozen."""
         route = self._route(row_ids)
-        if torch.is_grad_enabled() and not self.local.optim.frozen:
+        if torch.is_grad_enabled() and not self.frozen:
             self._routes.append(route)
         rows = self._fetch(route, lambda ids: self.local.weight.index_select(0, ids))
-        return rows.requires_grad_(not self.local.optim.frozen)
+        return rows.requires_grad_(not self.frozen)
 
     def read(self, row_ids: Tensor, read_local: Callable[[Tensor], Tensor]) -> Tensor:
         """Rows of another array that is dealt out like this table: `read_local` maps (n,) local ids to (n, M)."""
@@ -86,7 +120,6 @@ class ShardedTable:
     def apply(self, clip_factor: float, lr: float) -> None:
         """Updates this rank's rows."""
         self.local.apply(clip_factor, lr)
-        self.rows_touched, self.rows_ever_touched = self.local.rows_touched, self.local.rows_ever_touched
 
     def discard(self) -> None:
         """Forgets the step's gradient."""
@@ -100,7 +133,6 @@ class ShardedTable:
     def load_state_shards(self, shards: dict[str, Tensor]) -> None:
         """Takes back what `state_shards` gave on a rank with the same rows."""
         self.local.load_state_shards(shards)
-        self.rows_ever_touched = self.local.rows_ever_touched
 
     def _route(self, row_ids: Tensor) -> _Route:
         distinct, inverse = row_ids.flatten().unique(return_inverse=True)  # ascending, and so sorted by owner
