@@ -155,6 +155,8 @@ def _held_table(layer: int, table: MemoryTable, shards: Mapping[str, Tensor], ra
     """
     first_row = table.rows.start if isinstance(table, ShardedTable) else 0
     for key, tensor in shards.items():
+        if 0 in tensor.shape[1:]:
+            continue  # a moment that this table does without
         name, mapped = f"table_{layer}.{key}", tensor.is_cpu and tensor.is_shared()
         if len(tensor) == _num_local(table):
             yield slice_of(name, tensor, table.num_rows, first_row, in_place=mapped)

@@ -238,7 +238,7 @@ def load_weights(folder: Path, sha256: str | None, model: Transformer, tables: M
     for name, tensor in model.state_dict().items():
         found.read(f"model.{name}", out=tensor)
     for name in rows:
-        found.read(name, out=expected[name])
+        expected[name].copy_(found.tensor(name))  # rows may be of another type here
 
 
 def _check_fits(found: checkpoint.Checkpoint, own: Mapping[str, torch.Tensor], folder: Path) -> None:
