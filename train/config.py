@@ -146,6 +146,12 @@ def validate(config: Config) -> None:
             f"train.eval_tokens={config.train.eval_tokens} must be >= model.seq_len={config.model.seq_len}, one "
             f"window; nearest: {config.model.seq_len}"
         )
+    of_all_sources = len(config.data.mixture) * config.model.seq_len
+    if config.train.eval_tokens < of_all_sources:
+        raise ValueError(
+            f"train.eval_tokens={config.train.eval_tokens} must hold a window of model.seq_len={config.model.seq_len} "
+            f"for each of the {len(config.data.mixture)} sources of data.mixture; nearest: {of_all_sources}"
+        )
     if config.schedule.warmup_steps >= config.train.max_steps:
         raise ValueError(
             f"schedule.warmup_steps={config.schedule.warmup_steps} must be < train.max_steps={config.train.max_steps}; "

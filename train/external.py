@@ -14,7 +14,7 @@ from train.corpus import Document
 from train.shards import DataError
 
 if TYPE_CHECKING:
-    from train.data import DataConfig
+    from train.data_config import DataConfig
 
 _BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _CHECK_CHUNK = 2**24  # bytes of a file that are decoded at once while it is checked

@@ -24,6 +24,7 @@ _NOT_IDENTITY: dict[tuple[str, ...], tuple[str, ...]] = {
 # They can start new runs (`init_from`) once the setting is moved in their config.yaml.
 _LATER: dict[tuple[str, ...], dict[str, Any]] = {
     (): {"init_sha256": None},
+    ("data",): {"mixture": []},
     ("model",): {"mla": None, "over_encoding": None, "hyper_connections": None},
     ("model", "moe", "router"): {
         "kind": "sigmoid",

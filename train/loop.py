@@ -18,7 +18,7 @@ from train.build import Memory, build_engine, build_memory, forward
 from train.data import Batch, TrainBatches, check_fits, validation_batches
 from train.ema import WeightAverage
 from train.engine import Engine
-from train.evaluate import Evaluation, evaluate
+from train.evaluate import Evaluation, evaluate_sources, source_records
 from train.finite import check_finite
 from train.identity import to_plain
 from train.metrics import Recorder, peak_flops
@@ -94,6 +94,8 @@ def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
         check_tokenizer(start, config, prepared)
     check_fits(prepared, config.model.vocab_size, config.model.seq_len)
     batches = TrainBatches(prepared, config.model.seq_len, cfg.global_batch_tokens // config.model.seq_len, config.seed)
+    for note in batches.epoch_notes(max_steps):
+        print(note, flush=True)
     memory = build_memory(config, prepared, device)
     engine = build_engine(config, memory, device, start)
     write_record(folder.path / "ds_config.json", engine.ds_config)
@@ -146,6 +148,7 @@ def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
                         **{f"train/{name}": float(value.detach()) for name, value in output.aux_losses.items()},
                         "train/tokens": done * cfg.global_batch_tokens,
                         "train/epoch": batches.epoch(step),
+                        **{f"train/epochs_{label}": n for label, n in batches.source_epochs(done).items()},
                         "optim/lr": config.optim.lr * scale,
                         "optim/grad_norm": report.grad_norm,
                         "optim/table_grad_norm": report.table_grad_norm,
@@ -157,7 +160,7 @@ def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
             progress.update(done, state.train_loss)
             if cfg.eval_interval and done % cfg.eval_interval == 0 and done < max_steps:
                 evaluation = _evaluate(config, engine, memory, average, prepared, device)
-                recorder.record(done, {"val/loss": evaluation.loss, "val/bits_per_byte": evaluation.bits_per_byte})
+                recorder.record(done, evaluation.metrics())
                 statistics.restart_clock()
             stopping = stop.is_set()
             if stopping or (cfg.checkpoint_interval and done % cfg.checkpoint_interval == 0 and done < max_steps):
@@ -171,7 +174,7 @@ def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
 
         state.train_seconds = time.perf_counter() - training_start
         evaluation = _evaluate(config, engine, memory, average, prepared, device)
-        recorder.record(max_steps, {"val/loss": evaluation.loss, "val/bits_per_byte": evaluation.bits_per_byte})
+        recorder.record(max_steps, evaluation.metrics())
     if cfg.final_checkpoint:
         save(folder, max_steps, state, cfg.keep_checkpoints, engine, memory, average)
     result = {
@@ -183,6 +186,7 @@ def train(config: "Config", folder: RunFolder, identity: str) -> dict[str, Any]:
         "steps": max_steps,
         "tokens": max_steps * cfg.global_batch_tokens,
         "epochs": batches.epochs_needed(max_steps),
+        "sources": source_records(prepared, batches, max_steps, evaluation),
         "parameters": count_parameters(config.model).to_dict(),
         "flops_per_token": flops_per_token(config.model).to_dict(),
         "train_seconds": state.train_seconds,
@@ -244,16 +248,16 @@ def _evaluate(
     cfg, seq_len = config.train, config.model.seq_len
     apart = memory.hasher is not None and memory.hasher.shuffled  # neighbours in a batch are then strangers
 
-    def windows() -> Any:
-        for batch in validation_batches(prepared, seq_len, cfg.micro_batch_size, cfg.eval_tokens, apart):
+    def windows(data: PreparedData, max_tokens: int) -> Any:
+        for batch in validation_batches(data, seq_len, cfg.micro_batch_size, max_tokens, apart):
             yield Batch(batch.token_ids.to(device), batch.targets.to(device), batch.document_ids.to(device))
 
     if average is None:
-        return evaluate(lambda batch: forward(engine, memory, batch), windows(), prepared.bytes_per_token_val)
+        return evaluate_sources(lambda batch: forward(engine, memory, batch), prepared, cfg.eval_tokens, windows)
 
     def averaged(batch: Batch) -> Any:
         rows = {layer: average.read(layer, ids) for layer, ids in memory.row_ids(batch).items()}
         return engine.forward(batch.token_ids, batch.document_ids, rows, batch.targets)
 
     with average.applied():
-        return evaluate(averaged, windows(), prepared.bytes_per_token_val)
+        return evaluate_sources(averaged, prepared, cfg.eval_tokens, windows)

@@ -13,9 +13,10 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +25,15 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from train.corpus import Document, python_documents, python_identity
-from train.data import DataConfig, DataSource
+from train.data_config import DataConfig, DataSource
 from train.dedup import DedupResult, find_duplicates
 from train.document_store import DocumentStore
 from train.external import external_documents, local_files
 from train.files import write_json
+from train.mixture import MixedData, mix
 from train.shards import (
     COMPRESSION_TABLE,
+    MANIFEST,
     SPLITS,
     TOKENIZER,
     DataError,
@@ -43,7 +46,14 @@ from train.shards import (
     token_dtype,
     write_manifest,
 )
-from train.tokenizer import compression_table, end_of_document, fetch_tokenizer, train_bpe, vocabulary_size
+from train.tokenizer import (
+    compression_table,
+    end_of_document,
+    fetch_tokenizer,
+    load_tokenizer,
+    train_bpe,
+    vocabulary_size,
+)
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -57,13 +67,15 @@ _FORMAT = 1  # raise it when the same settings would give other data
 
 
 def prepare(cfg: DataConfig) -> PreparedData:
-    """Prepare the data of `cfg` unless it already lies under `cfg.root`, and open it.
+    """Prepare the data of `cfg` unless it already lies under `cfg.root`, and open it; of a mixture, every source.
 
     Processes that ask for the same data at once prepare it once. Nothing half-written remains after an error.
 
     Raises:
         DataError: Bad input, full disk, altered files, or a fingerprint that is not `cfg.fingerprint`.
     """
+    if cfg.mixture:
+        return _mixed(cfg, prepare)
     key = _request_key(cfg)
     root = Path(cfg.root)
     folder = _indexed_folder(root, key)
@@ -90,12 +102,44 @@ def open_prepared(cfg: DataConfig) -> PreparedData:
         NotPreparedError: Not prepared yet.
         DataError: Altered, or of another fingerprint than `cfg.fingerprint`.
     """
+    if cfg.mixture:
+        return _mixed(cfg, open_prepared)
     folder = _indexed_folder(Path(cfg.root), _request_key(cfg))
     if folder is None:
         raise NotPreparedError(
             f"data.root={cfg.root} holds no data prepared with these settings; run make prepare with them"
         )
     return _open_checked(folder, cfg)
+
+
+def _mixed(cfg: DataConfig, get: Callable[[DataConfig], PreparedData]) -> MixedData:
+    """Every source of a mixture, each by `get`, put together."""
+    sources: list[PreparedData] = []
+    shared = cfg
+    for source in cfg.mixture:
+        if source.prepared is not None:
+            sources.append(_named_folder(Path(cfg.root), source.prepared))
+        else:
+            sources.append(get(shared.of_source(source)))
+        if cfg.tokenizer is None and len(sources) == 1:  # the others are written in the first one's tokens
+            first = sources[0]
+            eos_token = load_tokenizer(first.tokenizer_path).id_to_token(first.eos_id)
+            shared = replace(cfg, tokenizer=str(first.tokenizer_path), eos_token=eos_token)
+    mixed = mix(Path(cfg.root), [s.title for s in cfg.mixture], [s.weight for s in cfg.mixture], sources)
+    _check_fingerprint(mixed, cfg)
+    return mixed
+
+
+def _named_folder(root: Path, name: str) -> PreparedData:
+    """A folder that lies prepared, by its name."""
+    if not (root / name).is_dir():
+        known = sorted(path.parent.name for path in root.glob(f"*/{MANIFEST}"))
+        near = get_close_matches(name, known, n=1)
+        raise DataError(
+            f"data.mixture: prepared={name} is no prepared folder in data.root={root}"
+            f"{f'; did you mean {near[0]}?' if near else ''} (there are: {', '.join(known) or 'none'})"
+        )
+    return open_folder(root / name)
 
 
 @contextmanager
@@ -115,18 +159,22 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _open_checked(folder: Path, cfg: DataConfig) -> PreparedData:
     prepared = open_folder(folder)
+    _check_fingerprint(prepared, cfg)
+    return prepared
+
+
+def _check_fingerprint(prepared: PreparedData, cfg: DataConfig) -> None:
     if cfg.fingerprint and cfg.fingerprint != prepared.fingerprint:
         raise DataError(
-            f"data.fingerprint={cfg.fingerprint} is not that of {folder} ({prepared.fingerprint}): text, packages or "
-            "settings changed since the run was planned; restore them, or plan anew (with data.fingerprint empty)"
+            f"data.fingerprint={cfg.fingerprint} is not that of {prepared.path} ({prepared.fingerprint}): text, "
+            "packages or settings changed since the run was planned; restore them, or plan anew (with "
+            "data.fingerprint empty)"
         )
-    return prepared
 
 
 def _request_key(cfg: DataConfig) -> str:
     """Hex key of the settings and of what outside them decides the result, without reading any text."""
-    settings: dict[str, Any] = {**asdict(cfg), "format": _FORMAT, "tokenizers": version("tokenizers")}
-    del settings["root"], settings["fingerprint"]
+    settings: dict[str, Any] = {**cfg.content_settings(), "format": _FORMAT, "tokenizers": version("tokenizers")}
     if cfg.source == DataSource.python:
         settings["versions"] = python_identity()
     else:
@@ -290,12 +338,11 @@ def _encode(
 
 
 def _provenance(cfg: DataConfig, store: DocumentStore, duplicates: DedupResult) -> dict[str, Any]:
-    settings = {key: value for key, value in asdict(cfg).items() if key not in ("root", "fingerprint")}
     versions = {"python": sys.version.split()[0], "tokenizers": version("tokenizers")}
     if cfg.source == DataSource.python:
         versions |= python_identity()
     return {
-        "settings": settings,
+        "settings": cfg.content_settings(),
         "versions": versions,
         "documents_read": len(store),
         "bytes_read": store.num_bytes,
