@@ -20,7 +20,7 @@ from train.corpus import (
     python_documents,
     python_identity,
 )
-from train.data import VAL_PACKAGES, DataConfig, DataSource
+from train.data_config import VAL_PACKAGES, DataConfig, DataSource
 from train.external import check_utf8, external_documents
 from train.shards import DataError
 

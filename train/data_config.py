@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -122,12 +123,15 @@ class DataConfig(TextConfig):
     shuffle_seed: int = 0  # order of training documents in the token stream
     dedup: DedupConfig = field(default_factory=DedupConfig)
     mixture: list[MixtureSource] = field(default_factory=list)  # several sources with weights; empty: the text above
+    num_workers: int = 0  # processes that prepare; 0: one for each core. The result does not depend on it
     fingerprint: str = ""  # identity of the prepared data, filled when a plan is made, checked at start; "" takes any
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.vocab_size < MIN_BPE_VOCAB and self.tokenizer is None:
             raise ValueError(f"data.vocab_size={self.vocab_size} must be at least {MIN_BPE_VOCAB}: 256 bytes and EOS")
+        if self.num_workers < 0:
+            raise ValueError(f"data.num_workers={self.num_workers} must be at least 1, or 0 for all cores; nearest: 0")
         if self.mixture:
             self._check_mixture()
 
@@ -166,6 +170,11 @@ class DataConfig(TextConfig):
     def content_settings(self) -> dict[str, object]:
         """The settings that decide what one data set holds, as nested dicts."""
         settings = asdict(self)
-        for name in ("root", "fingerprint", "mixture"):
+        for name in ("root", "fingerprint", "mixture", "num_workers"):
             del settings[name]
         return settings
+
+    @property
+    def processes(self) -> int:
+        """Processes that prepare."""
+        return self.num_workers or len(os.sched_getaffinity(0))

@@ -14,7 +14,7 @@ from typing import Any
 _NOT_IDENTITY: dict[tuple[str, ...], tuple[str, ...]] = {
     # The weights to start from count by their content, init_sha256; init_changes only lets a setting pass a check.
     (): ("run_dir", "log", "schema_version", "init_from", "init_changes"),
-    ("data",): ("root",),
+    ("data",): ("root", "num_workers"),
     ("train",): ("checkpoint_interval", "keep_checkpoints", "final_checkpoint"),
 }
 
