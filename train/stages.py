@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from train import copies
 from train.copies import batches, exact_copies, similar_groups
 from train.corpus import python_identity
 from train.data_config import DataConfig, DataSource
@@ -34,7 +35,7 @@ from train.shards import (
     token_dtype,
     write_manifest,
 )
-from train.tasks import collect_parts, read_units, write_locations, write_settings
+from train.tasks import begin, collect_parts, read_units, write_locations
 from train.tokenizer import (
     compression_table,
     end_of_document,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 BPE_SAMPLE_BYTES = 32 * 2**20  # of training text that the BPE is trained on; more changes 4,096 merges hardly at all
 PART_BYTES = 16 * 2**20  # of text in one part: seconds of work, and little to do again
 IN_PROCESSES = 32 * 2**20  # bytes from which a stage is worth other processes, which take half a second to start
+READERS = 3  # processes that read, at most: `datasets` holds 430 MB in each, and is ten times faster than what follows
 PIECE_BYTES = 16 * 2**20  # of text that one task tokenises
 FORMAT = 1  # raise it when the same settings would give other data
 _ADVANCE = 2**12  # documents after which the display moves
@@ -72,10 +74,10 @@ def build(cfg: DataConfig, work: Path, whole: Path, display: Display) -> str:
         DataError: bad input.
         OSError: for example a full disk.
     """
-    write_settings(work, cfg, PART_BYTES)
+    begin(work, cfg, PART_BYTES, [FORMAT, PIECE_BYTES, copies.BATCH_DOCUMENTS])
     index = _read(cfg, work, display)
-    copies = _copies(cfg, index, display)
-    splits = _split(cfg, index, copies.keep)
+    found = _copies(cfg, index, display)
+    splits = _split(cfg, index, found.keep)
     tokenizer = _tokenizer(cfg, index, splits["train"], display)
     eos_id = end_of_document(tokenizer, cfg.tokenizer, cfg.eos_token)
     vocab_size = _check_vocabulary(cfg, tokenizer)
@@ -102,19 +104,20 @@ def build(cfg: DataConfig, work: Path, whole: Path, display: Display) -> str:
         "settings": {"format": FORMAT, "dedup": asdict(cfg.dedup), "vocab_size": cfg.vocab_size},
         "content_sha256": content["content_sha256"],
     }
-    return write_manifest(whole, identity, _provenance(cfg, index, copies))
+    return write_manifest(whole, identity, _provenance(cfg, index, found))
 
 
-def _tasks(
-    cfg: DataConfig, work: Path, what: str, tasks: list[tuple[str, int]], total: int | None, display: Display
-) -> None:
-    """Do the tasks of a stage that are not finished, and show how far they are of `total` bytes, if that is known."""
+def _tasks(most: int, work: Path, what: str, tasks: list[tuple[str, int]], total: int | None, display: Display) -> None:
+    """Do the tasks of a stage that are not finished in at most `most` processes.
+
+    Shows how far they are of `total` bytes, if that is known.
+    """
     found = [record(work, *task) for task in tasks]
     done = [finished for finished in found if finished is not None]
     note = f" ({len(done)} of {len(tasks)} parts are finished)" if done else ""
     advance = display.stage(what + note, total)
     advance(sum(int(finished["bytes"]) for finished in done))
-    run_tasks(work, tasks, cfg.processes if total is None or total >= IN_PROCESSES else 1, advance)
+    run_tasks(work, tasks, most if total is None or total >= IN_PROCESSES else 1, advance)
 
 
 def _read(cfg: DataConfig, work: Path, display: Display) -> DocumentIndex:
@@ -122,7 +125,8 @@ def _read(cfg: DataConfig, work: Path, display: Display) -> DocumentIndex:
     # Of parquet, which is compressed, more comes out; then the time left is a guess.
     sizes = [sum(file.stat().st_size for file in unit.files) for unit in units]
     total = sum(sizes) if all(sizes) else None
-    _tasks(cfg, work, "reading documents", [("read", number) for number in range(len(units))], total, display)
+    tasks = [("read", number) for number in range(len(units))]
+    _tasks(min(cfg.processes, READERS), work, "reading documents", tasks, total, display)
     index = DocumentIndex(work, collect_parts(work, len(units)))
     if len(index) == 0:
         raise DataError(f"data.source={cfg.source.value} gave no document with text; check the data settings")
@@ -134,7 +138,7 @@ def _copies(cfg: DataConfig, index: DocumentIndex, display: Display) -> Copies:
     """Which documents are copies of earlier ones: `train.dedup.find_duplicates`, on disk."""
     work = index.folder
     tasks = [("digest", 0), *(("hash", number) for number in range(len(index.parts)))]
-    _tasks(cfg, work, "hashing", tasks, 2 * index.num_bytes, display)  # the digest reads all of it once more
+    _tasks(cfg.processes, work, "hashing", tasks, 2 * index.num_bytes, display)  # the digest reads all of it once more
     keep = np.ones(len(index), dtype=bool)
     if not cfg.dedup.enabled:
         return Copies(keep, 0, 0)
@@ -147,7 +151,7 @@ def _copies(cfg: DataConfig, index: DocumentIndex, display: Display) -> Copies:
     write_locations(work / "near.locations", lambda a, b: index.locations(documents[a:b]), len(documents))
     compare = [("compare", number) for number in range(len(bounds) - 1)]
     total = int(index.sizes(documents).sum())
-    _tasks(cfg, work, "removing duplicates", compare, total, display)
+    _tasks(cfg.processes, work, "removing duplicates", compare, total, display)
     found = [np.load(work / f"near-{number:05d}.npy", allow_pickle=False) for _, number in compare]
     near = np.concatenate([np.zeros(0, dtype=bool), *found])
     keep[exact] = False
@@ -225,7 +229,7 @@ def _tokenise(
     write_array(work / f"{split}.bounds.npy", np.concatenate([[0], full]))
     write_locations(work / f"{split}.locations", lambda a, b: index.locations(order[a:b]), len(order))
     tasks = [(f"encode_{split}", number) for number in range(len(full))]
-    _tasks(cfg, work, f"tokenising {split}", tasks, total, display)
+    _tasks(cfg.processes, work, f"tokenising {split}", tasks, total, display)
     return total, len(full)
 
 
@@ -236,7 +240,7 @@ def _join(work: Path, split: str, count: int, dtype: np.dtype, writer: ShardWrit
         writer.add_documents(np.fromfile(work / f"{split}-{number:05d}.ids", dtype=dtype), lengths)
 
 
-def _provenance(cfg: DataConfig, index: DocumentIndex, copies: Copies) -> dict[str, Any]:
+def _provenance(cfg: DataConfig, index: DocumentIndex, found: Copies) -> dict[str, Any]:
     versions = {"python": sys.version.split()[0], "tokenizers": version("tokenizers")}
     if cfg.source == DataSource.python:
         versions |= python_identity()
@@ -245,6 +249,6 @@ def _provenance(cfg: DataConfig, index: DocumentIndex, copies: Copies) -> dict[s
         "versions": versions,
         "documents_read": len(index),
         "bytes_read": index.num_bytes,
-        "exact_duplicates": copies.num_exact,
-        "near_duplicates": copies.num_near,
+        "exact_duplicates": found.num_exact,
+        "near_duplicates": found.num_near,
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import pairwise
@@ -21,19 +22,30 @@ from train.data_config import DataConfig, DataSource
 from train.dedup import DedupConfig
 from train.document_store import LOCATION, PartReader, PartRecord, write_parts
 from train.external import Unit, external_units, unit_documents
-from train.files import write_array, write_json, write_through
+from train.files import read_json, write_array, write_json, write_through
 from train.shards import TOKENIZER, DataError, token_dtype
 from train.tokenizer import load_tokenizer
 from train.workers import Advance, record
 
-ENCODE_BYTES = 2**20  # of text encoded at once: the library keeps about 50 bytes for each
+ENCODE_BYTES = 2**19  # of text encoded at once: the library keeps 126 bytes for each (measured), 66 MB
 SETTINGS = "settings.json"
 PARTS = "parts.json"
 
 
-def write_settings(folder: Path, cfg: DataConfig, part_bytes: int) -> None:
-    """Leave for the tasks the settings and the bytes of text after which a part ends."""
-    write_json(folder / SETTINGS, {"data": cfg.content_settings(), "part_bytes": part_bytes})
+def begin(folder: Path, cfg: DataConfig, part_bytes: int, sizes: list[int]) -> None:
+    """Leave the settings for the tasks; what was finished under others, by an earlier version, is removed.
+
+    Args:
+        folder: of the preparation.
+        cfg: what is prepared.
+        part_bytes: of text after which a part ends.
+        sizes: what else decides how the work is cut into tasks.
+    """
+    settings = {"data": cfg.content_settings(), "part_bytes": part_bytes, "sizes": sizes}
+    if read_json(folder / SETTINGS) != json.loads(json.dumps(settings)):
+        shutil.rmtree(folder)
+        folder.mkdir()
+        write_json(folder / SETTINGS, settings)
 
 
 def _settings(folder: Path) -> tuple[DataConfig, int]:

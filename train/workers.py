@@ -93,7 +93,8 @@ class _Worker:
     def _listen(self, said: queue.Queue[tuple[_Worker, dict[str, Any]]]) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            said.put((self, json.loads(line)))
+            with contextlib.suppress(ValueError):  # half a line is the last word of a killed process
+                said.put((self, json.loads(line)))
         said.put((self, {"ended": self._process.wait()}))
 
     def ask(self, kind: str, number: int) -> None:
