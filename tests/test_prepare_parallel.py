@@ -206,6 +206,28 @@ def test_ctrl_c_leaves_what_is_finished(cfg: DataConfig, monkeypatch: pytest.Mon
     assert prepare(cfg).num_train_tokens > 0
 
 
+@pytest.mark.usefixtures("small_parts")
+def test_work_cut_in_another_way_is_not_taken_over(
+    cfg: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier version may have cut its tasks differently: a piece of other documents must not be joined in."""
+    perform = workers.perform
+
+    def interrupted(folder: Path, kind: str, number: int, advance: workers.Advance) -> None:
+        if kind == "encode_train" and number == 2:
+            raise KeyboardInterrupt
+        perform(folder, kind, number, advance)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "perform", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(replace(cfg, num_workers=1))
+    assert "encode_train-00001" in records(cfg)
+    monkeypatch.setattr(stages, "PIECE_BYTES", 2 * PIECE_BYTES)
+    expected = content(replace(cfg, root=str(tmp_path / "other"), num_workers=1))
+    assert content(replace(cfg, num_workers=1)) == expected
+
+
 def test_workers_import_nothing_heavy() -> None:
     heavy = "{'torch', 'datasets', 'rich', 'scipy'}"
     code = f"import sys, train.workers, train.tasks; print(sorted({heavy} & set(sys.modules)))"

@@ -20,7 +20,7 @@ class Display:
     def __init__(self) -> None:
         self._bars: Progress | None = None
         self._bar: TaskID | None = None
-        self._what, self._total, self._done = "", 0, 0
+        self._what, self._total, self._done, self._before = "", 0, 0, 0
         self._started = self._last_line = 0.0
 
     def __enter__(self) -> Display:
@@ -47,12 +47,12 @@ class Display:
         if self._bars is not None:
             self._bars.stop()
 
-    def stage(self, what: str, total: int | None) -> Callable[[int], None]:
-        """Begin a stage over `total` bytes, unknown if None; the result is called with bytes done."""
-        self._what, self._total, self._done = what, total or 0, 0
+    def stage(self, what: str, total: int | None, done: int = 0) -> Callable[[int], None]:
+        """Begin a stage over `total` bytes, unknown if None, `done` before; the result is called with bytes done."""
+        self._what, self._total, self._done, self._before = what, total or 0, done, done
         self._started = self._last_line = time.monotonic()
         if self._bars is not None:
-            self._bar = self._bars.add_task(what, total=total)
+            self._bar = self._bars.add_task(what, total=total, completed=done)
         else:
             print(f"preparing data: {what}", file=sys.stderr)
         return self._advance
@@ -71,6 +71,7 @@ class Display:
         if now - self._last_line >= _LINE_EVERY:
             self._last_line = now
             share = f" of {self._total / 1e6:,.0f}" if self._total else ""
-            left = (self._total - self._done) / max(self._done / (now - self._started), 1e-9)
-            remaining = f", about {left:.0f} s left" if self._total and self._done else ""
+            here = self._done - self._before
+            left = max(self._total - self._done, 0) * (now - self._started) / max(here, 1)
+            remaining = f", about {left:.0f} s left" if self._total and here else ""
             print(f"preparing data: {self._what}: {self._done / 1e6:,.0f}{share} MB{remaining}", file=sys.stderr)

@@ -115,8 +115,7 @@ def _tasks(most: int, work: Path, what: str, tasks: list[tuple[str, int]], total
     found = [record(work, *task) for task in tasks]
     done = [finished for finished in found if finished is not None]
     note = f" ({len(done)} of {len(tasks)} parts are finished)" if done else ""
-    advance = display.stage(what + note, total)
-    advance(sum(int(finished["bytes"]) for finished in done))
+    advance = display.stage(what + note, total, sum(int(finished["bytes"]) for finished in done))
     run_tasks(work, tasks, most if total is None or total >= IN_PROCESSES else 1, advance)
 
 
