@@ -404,5 +404,5 @@ def test_changed_text_of_one_source_is_refused_at_resume(cfg: Config, tmp_path: 
 
 def test_validation_needs_a_window_for_each_source(cfg: Config) -> None:
     cfg.train.eval_tokens = 63
-    with pytest.raises(ValueError, match=r"eval_tokens=63 must hold a window .* each of the 2 sources .*nearest: 64"):
+    with pytest.raises(ValueError, match=r"eval_tokens=63 must hold 1 x .*32 tokens for each of the 2 .*nearest: 64"):
         validate(cfg)

@@ -96,7 +96,7 @@ def _mixed(cfg: DataConfig, get: Callable[[DataConfig], PreparedData]) -> MixedD
         if cfg.tokenizer is None and len(sources) == 1:  # the others are written in the first one's tokens
             first = sources[0]
             eos_token = load_tokenizer(first.tokenizer_path).id_to_token(first.eos_id)
-            shared = replace(cfg, tokenizer=str(first.tokenizer_path), eos_token=eos_token)
+            shared = replace(cfg, tokenizer=str(first.tokenizer_path.resolve()), eos_token=eos_token)
     mixed = mix(Path(cfg.root), [s.title for s in cfg.mixture], [s.weight for s in cfg.mixture], sources)
     _check_fingerprint(mixed, cfg)
     return mixed
