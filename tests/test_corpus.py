@@ -22,7 +22,7 @@ from train.corpus import (
     python_identity,
 )
 from train.data_config import VAL_PACKAGES, DataConfig, DataSource
-from train.external import check_utf8, external_documents
+from train.external import check_utf8, external_units, unit_documents
 from train.shards import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,7 +143,8 @@ def test_corpus_packages_are_pinned_and_come_with_the_core_installation() -> Non
 
 def texts(**settings: object) -> list[tuple[str, bool | None]]:
     cfg = DataConfig(source=DataSource.datasets, **settings)
-    return [(d.text.decode(), d.held_out) for d in external_documents(cfg)]
+    documents = (document for unit in external_units(cfg) for document in unit_documents(cfg, unit))
+    return [(d.text.decode(), d.held_out) for d in documents]
 
 
 def write_rows(path: Path, rows: list[dict]) -> str:

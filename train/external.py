@@ -107,12 +107,6 @@ def unit_documents(cfg: TextConfig, unit: Unit) -> Iterator[Document]:
                 raise DataError(f"{name} is no UTF-8 text: {error.reason} at character {error.start}") from error
 
 
-def external_documents(cfg: TextConfig) -> Iterator[Document]:
-    """Documents of a Hugging Face dataset or of local files; `held_out` is set where validation is given apart."""
-    for unit in external_units(cfg):
-        yield from unit_documents(cfg, unit)
-
-
 def _read_files(cfg: TextConfig, files: Iterable[Path]) -> Iterator[tuple[str, str]]:
     for file in files:
         builder = _BUILDERS[file.suffix]
