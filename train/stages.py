@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 BPE_SAMPLE_BYTES = 32 * 2**20  # of training text that the BPE is trained on; more changes 4,096 merges hardly at all
 PART_BYTES = 16 * 2**20  # of text in one part: seconds of work, and little to do again
 IN_PROCESSES = 32 * 2**20  # bytes from which a stage is worth other processes, which take half a second to start
-READERS = 3  # processes that read, at most: `datasets` holds 430 MB in each, and is ten times faster than what follows
+READERS = 3  # processes that read, at most: `datasets` holds 420 MB in each, and is ten times faster than what follows
 PIECE_BYTES = 16 * 2**20  # of text that one task tokenises
 FORMAT = 1  # raise it when the same settings would give other data
 _ADVANCE = 2**12  # documents after which the display moves
