@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from train.compose import compose
-from train.data import DataConfig
+from train.data_config import DataConfig
 from train.identity import to_plain
 from train.prepare import prepare
 

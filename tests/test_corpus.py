@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -20,8 +21,8 @@ from train.corpus import (
     python_documents,
     python_identity,
 )
-from train.data import VAL_PACKAGES, DataConfig, DataSource
-from train.external import check_utf8, external_documents
+from train.data_config import VAL_PACKAGES, DataConfig, DataSource
+from train.external import check_utf8, external_units, unit_documents
 from train.shards import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,7 +143,8 @@ def test_corpus_packages_are_pinned_and_come_with_the_core_installation() -> Non
 
 def texts(**settings: object) -> list[tuple[str, bool | None]]:
     cfg = DataConfig(source=DataSource.datasets, **settings)
-    return [(d.text.decode(), d.held_out) for d in external_documents(cfg)]
+    documents = (document for unit in external_units(cfg) for document in unit_documents(cfg, unit))
+    return [(d.text.decode(), d.held_out) for d in documents]
 
 
 def write_rows(path: Path, rows: list[dict]) -> str:
@@ -241,3 +243,17 @@ def test_characters_across_read_chunks_are_whole(tmp_path: Path, monkeypatch: py
     file.write_bytes(good + b"ab\xff" + good)
     with pytest.raises(DataError, match=rf"at byte {len(good) + 2} "):
         check_utf8(file)
+
+
+@pytest.mark.parametrize("separator", ["\n\n", "\n", "aba", "é"])
+def test_documents_are_cut_alike_wherever_reading_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, separator: str
+) -> None:
+    file = tmp_path / "a.txt"
+    text = "".join(np.random.default_rng(0).choice(list("ab\né"), 400))
+    file.write_text(text, encoding="utf-8")
+    expected = [part for part in text.split(separator) if part.strip()]
+    for chunk in (1, 2, 3, 7, 10**6):
+        monkeypatch.setattr("train.external._READ_CHUNK", chunk)
+        got = texts(data_files=[str(file)], document_separator=separator)
+        assert [text for text, _ in got] == expected and len(expected) > 2

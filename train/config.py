@@ -160,6 +160,14 @@ def validate(config: Config) -> None:
             f"train.eval_tokens={config.train.eval_tokens} must be >= model.seq_len={config.model.seq_len}, one "
             f"window; nearest: {config.model.seq_len}"
         )
+    per_source = 2 if memory is not None and memory.shuffled else 1  # windows; shuffled rows need a neighbour
+    of_all_sources = len(config.data.mixture) * per_source * config.model.seq_len
+    if config.train.eval_tokens < of_all_sources:
+        raise ValueError(
+            f"train.eval_tokens={config.train.eval_tokens} must hold {per_source} x model.seq_len="
+            f"{config.model.seq_len} tokens for each of the {len(config.data.mixture)} sources of data.mixture; "
+            f"nearest: {of_all_sources}"
+        )
     if config.schedule.warmup_steps >= config.train.max_steps:
         raise ValueError(
             f"schedule.warmup_steps={config.schedule.warmup_steps} must be < train.max_steps={config.train.max_steps}; "

@@ -3,73 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from train.dedup import DedupConfig
+from train.data_config import DataConfig, DataSource, MixtureSource
+from train.mixture import Schedule, parts_of
 from train.shards import SPLITS, DataError, PreparedData, TokenStream
-from train.tokenizer import MIN_BPE_VOCAB
+
+__all__ = [
+    "Batch", "DataConfig", "DataSource", "MixtureSource", "TrainBatches", "check_fits", "validation_batches", "windows",
+]  # fmt: skip
 
 IGNORE_INDEX = -100  # target positions that carry no loss
-
-
-class DataSource(str, Enum):
-    """Where documents come from."""
-
-    python = "python"  # the embedded corpus: standard library and pinned packages, no download
-    datasets = "datasets"  # a Hugging Face dataset, or local text, jsonl and parquet files
-
-
-# Whole top-level packages, 4 % of the text, from the kinds of code that the training packages hold: networking and
-# parsing in the standard library, arrays and plots, arithmetic, data frames and hub access, a web framework, templates.
-VAL_PACKAGES = ("asyncio", "datasets", "email", "jinja2", "mpl_toolkits", "mpmath", "werkzeug")
-
-
-@dataclass
-class DataConfig:
-    """Which text, which tokenizer, which split."""
-
-    source: DataSource = DataSource.python
-    root: str = "data"  # folder of prepared data, relative to the working directory
-    vocab_size: int = 4096  # ids of the BPE trained here; with `tokenizer`, at least as many as it has
-    tokenizer: str | None = None  # None trains a byte-level BPE; else a Hugging Face name, or a folder
-    eos_token: str | None = None  # token that ends a document; None asks the tokenizer
-    max_documents: int | None = None  # fewer documents: evenly spread (python), the first ones (datasets)
-    shuffle_seed: int = 0  # order of training documents in the token stream
-    dedup: DedupConfig = field(default_factory=DedupConfig)
-    val_packages: list[str] = field(default_factory=lambda: list(VAL_PACKAGES))  # python: top-level, held out
-    path: str | None = None  # datasets: name on the Hugging Face hub, or the folder of a dataset
-    name: str | None = None  # datasets: configuration of `path`
-    revision: str | None = None  # datasets: commit or tag of `path`; None takes the newest
-    split: str = "train"  # datasets: split of `path` to train on
-    val_split: str | None = None  # datasets: split of `path` that validates; None holds out val_fraction
-    data_files: list[str] = field(default_factory=list)  # datasets: local .txt, .md, .jsonl, .json, .parquet; globs
-    val_files: list[str] = field(default_factory=list)  # datasets: local files that validate; none: val_fraction
-    text_field: str = "text"  # datasets: column of the text in jsonl and parquet
-    document_separator: str | None = None  # datasets: cuts .txt and .md files into documents, "\n" is a line end
-    val_fraction: float = 0.02  # datasets: share of documents held out, chosen by the hash of their text
-    fingerprint: str = ""  # identity of the prepared data, filled when a plan is made, checked at start; "" takes any
-
-    def __post_init__(self) -> None:
-        if self.vocab_size < MIN_BPE_VOCAB and self.tokenizer is None:
-            raise ValueError(f"data.vocab_size={self.vocab_size} must be at least {MIN_BPE_VOCAB}: 256 bytes and EOS")
-        if self.document_separator == "":
-            raise ValueError("data.document_separator is empty; give the text between documents, or null")
-        if self.max_documents is not None and self.max_documents < 2:
-            raise ValueError(f"data.max_documents={self.max_documents} must be at least 2: one to validate; or null")
-        if not 0.0 < self.val_fraction < 1.0:
-            raise ValueError(f"data.val_fraction={self.val_fraction} must lie between 0 and 1; the usual value is 0.02")
-        if self.source == DataSource.python and (self.path is not None or self.data_files or self.val_files):
-            raise ValueError(
-                "data.path, data.data_files and data.val_files belong to data.source=datasets; set data=datasets"
-            )
-        if self.path is not None and self.data_files:
-            raise ValueError("data.path and data.data_files are both set; give one of them, the other stays empty")
-        if self.val_split is not None and (self.val_files or self.path is None):
-            raise ValueError("data.val_split is a split of data.path; with local files give data.val_files instead")
 
 
 @dataclass
@@ -94,7 +41,11 @@ def windows(stream: TokenStream, starts: np.ndarray, seq_len: int, eos_id: int) 
     A target is IGNORE_INDEX where its input is an end of document, since it opens another document. A window's first
     document has id 0, wherever in the document the window begins.
     """
-    tokens = np.stack([stream.read(int(start), seq_len + 1) for start in starts])  # (B, S + 1)
+    return _as_batch([stream.read(int(start), seq_len + 1) for start in starts], eos_id)
+
+
+def _as_batch(read: list[np.ndarray], eos_id: int) -> Batch:
+    tokens = np.stack(read)  # (B, S + 1)
     inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()  # (B, S)
     ends = inputs == eos_id
     targets[ends] = IGNORE_INDEX
@@ -102,52 +53,105 @@ def windows(stream: TokenStream, starts: np.ndarray, seq_len: int, eos_id: int) 
     return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(document_ids))
 
 
-class TrainBatches:
-    """The training stream as a pure function of (seed, step).
+class _SourceWindows:
+    """The windows of one source, epoch after epoch, each in an order of its own."""
 
-    Window w holds tokens w * S ... w * S + S of the stream: neighbours share one token, the target of the one and the
-    first input of the other, so each token is a target once. An epoch visits the windows in the order of a permutation
-    drawn from (seed, epoch); batches follow one another across epochs, so a batch may hold windows of two.
-
-    Raises:
-        DataError: The split is shorter than one window.
-    """
-
-    def __init__(self, prepared: PreparedData, seq_len: int, global_batch_size: int, seed: int) -> None:
+    def __init__(self, prepared: PreparedData, seq_len: int, seed: int, source: int) -> None:
         _check_window(prepared, "train", seq_len)
-        if global_batch_size < 1 or seed < 0:
-            raise ValueError(f"global_batch_size={global_batch_size} must be at least 1, seed={seed} at least 0")
-        self._stream, self._eos_id = prepared.train, prepared.eos_id
-        self._seq_len, self._global_batch_size, self._seed = seq_len, global_batch_size, seed
+        self._stream, self._seq_len, self._seed, self._source = prepared.train, seq_len, seed, source
         self.num_windows = (len(self._stream) - 1) // seq_len
         self._orders: dict[int, np.ndarray] = {}
 
-    @property
-    def tokens_per_epoch(self) -> int:
-        """Input tokens of one pass over the windows: num_windows * S."""
-        return self.num_windows * self._seq_len
-
-    def batch(self, step: int) -> Batch:
-        """Batch of 0-based `step`: (global_batch_size, S), the same for every world size and history."""
-        first = step * self._global_batch_size
-        chosen = [self._window(position) for position in range(first, first + self._global_batch_size)]
-        return windows(self._stream, np.array(chosen) * self._seq_len, self._seq_len, self._eos_id)
-
-    def epoch(self, step: int) -> int:
-        """0-based epoch of the last window of `step`'s batch."""
-        return ((step + 1) * self._global_batch_size - 1) // self.num_windows
-
-    def epochs_needed(self, max_steps: int) -> float:
-        """max_steps * global_batch_size / num_windows; above 1 the run reads some text twice."""
-        return max_steps * self._global_batch_size / self.num_windows
-
-    def _window(self, position: int) -> int:
-        epoch, index = divmod(position, self.num_windows)
+    def read(self, number: int) -> np.ndarray:
+        """(S + 1,) tokens of the `number`-th window that is read of this source."""
+        epoch, index = divmod(number, self.num_windows)
         if epoch not in self._orders:
             # A batch touches at most two neighbouring epochs unless it is larger than one; older orders are dropped.
             self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = np.random.default_rng([self._seed, epoch]).permutation(self.num_windows)
-        return int(self._orders[epoch][index])
+            # numpy pads a seed with zeros: the first source's order is that of a run without a mixture, [seed, epoch].
+            rng = np.random.default_rng([self._seed, epoch, self._source])
+            self._orders[epoch] = rng.permutation(self.num_windows)
+        return self._stream.read(int(self._orders[epoch][index]) * self._seq_len, self._seq_len + 1)
+
+
+class TrainBatches:
+    """The training stream as a pure function of (seed, step).
+
+    Window w of a source holds tokens w * S ... w * S + S of its stream: neighbours share one token, the target of the
+    one and the first input of the other, so each token is a target once. An epoch visits the windows in the order of a
+    permutation drawn from (seed, epoch, source); batches follow one another across epochs, so a batch may hold windows
+    of two. Which source a sequence comes from is `train.mixture.Schedule`'s.
+
+    Raises:
+        DataError: A split is shorter than one window.
+    """
+
+    def __init__(self, prepared: PreparedData, seq_len: int, global_batch_size: int, seed: int) -> None:
+        if global_batch_size < 1 or seed < 0:
+            raise ValueError(f"global_batch_size={global_batch_size} must be at least 1, seed={seed} at least 0")
+        # A source of weight 0 only validates.
+        self._parts = [part for part in parts_of(prepared) if part.share > 0]
+        self._sources = [_SourceWindows(part.data, seq_len, seed, i) for i, part in enumerate(self._parts)]
+        self._schedule = Schedule([part.share for part in self._parts], seed)
+        self._eos_id, self._seq_len, self.global_batch_size = prepared.eos_id, seq_len, global_batch_size
+        self.num_windows = sum(source.num_windows for source in self._sources)
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Input tokens of one pass over the windows of all sources: num_windows * S."""
+        return self.num_windows * self._seq_len
+
+    def batch(self, step: int, first: int = 0, last: int | None = None) -> Batch:
+        """Sequences first ... last - 1 of the batch of 0-based `step`, by default all: (last - first, S).
+
+        The same for every world size and history: the batches of ranks that take slices of their own are, one after
+        another, the global batch. Nothing is read but the slice.
+
+        Raises:
+            IndexError: the slice is empty or leaves the batch.
+        """
+        last = self.global_batch_size if last is None else last
+        if not 0 <= first < last <= self.global_batch_size:
+            raise IndexError(f"sequences {first} to {last} of a global batch of {self.global_batch_size}")
+        start = step * self.global_batch_size
+        sources, numbers = self._schedule.at(start + first, start + last)
+        read = [self._sources[i].read(n) for i, n in zip(sources.tolist(), numbers.tolist(), strict=True)]
+        return _as_batch(read, self._eos_id)
+
+    def epoch(self, step: int) -> int:
+        """0-based epoch of the last window of `step`'s batch; of a mixture, of the source that has been read most."""
+        counts = self._schedule.counts((step + 1) * self.global_batch_size)
+        return max(0, *((n - 1) // s.num_windows for n, s in zip(counts.tolist(), self._sources, strict=True)))
+
+    def source_epochs(self, num_steps: int) -> dict[str, float]:
+        """{label: windows read in `num_steps` steps / windows there are} of a mixture's sources; empty without one."""
+        labels = [part.label for part in self._parts if part.label]
+        return dict(zip(labels, self._passes(num_steps), strict=True)) if labels else {}
+
+    def source_sequences(self, num_steps: int) -> dict[str, int]:
+        """{label: sequences read in `num_steps` steps} of a mixture's sources; empty without one."""
+        counts = self._schedule.counts(num_steps * self.global_batch_size).tolist()
+        return {part.label: n for part, n in zip(self._parts, counts, strict=True) if part.label}
+
+    def epochs_needed(self, max_steps: int) -> float:
+        """Windows read in `max_steps` steps / windows there are, the largest of all sources.
+
+        Above 1 the run reads some text twice.
+        """
+        return max(self._passes(max_steps))
+
+    def epoch_notes(self, max_steps: int) -> list[str]:
+        """A line for each source whose text a run of `max_steps` reads more than once."""
+        return [
+            f"{epochs:.2f} epochs over {part.data.num_train_tokens:,} training tokens"
+            f"{f' of {part.label}' if part.label else ''}: text is read again"
+            for part, epochs in zip(self._parts, self._passes(max_steps), strict=True)
+            if epochs > 1
+        ]
+
+    def _passes(self, num_steps: int) -> list[float]:
+        counts = self._schedule.counts(num_steps * self.global_batch_size).tolist()
+        return [n / source.num_windows for n, source in zip(counts, self._sources, strict=True)]
 
 
 def validation_batches(
@@ -201,8 +205,9 @@ def check_fits(prepared: PreparedData, vocab_size: int, seq_len: int) -> None:
             f"model.vocab_size={vocab_size} must be at least {prepared.vocab_size}, the ids of the tokenizer of "
             f"{prepared.path}; set model.vocab_size={prepared.vocab_size} or prepare with a smaller data.vocab_size"
         )
-    for split in SPLITS:
-        _check_window(prepared, split, seq_len)
+    for part in parts_of(prepared):
+        for split in SPLITS if part.share > 0 else SPLITS[1:]:
+            _check_window(part.data, split, seq_len)
 
 
 def _check_window(prepared: PreparedData, split: str, seq_len: int) -> None:

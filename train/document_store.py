@@ -1,89 +1,130 @@
-"""Documents between reading and tokenising, on disk, so that a corpus may be larger than memory."""
+"""Documents between reading and tokenising, in parts on disk, so that a corpus may be larger than memory.
+
+A part is three files: the texts one after another, where they begin, and what their source says of the split. Parts end
+at fixed sizes, whoever writes them, so the work on them is the same work however many processes share it.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import mmap
-from array import array
-from collections.abc import Sequence
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+
+import numpy as np
 
 from train.corpus import Document
+from train.files import write_array, write_through
+
+PART_DOCUMENTS = 2**16  # after which a part ends too: 65,536 signatures of 512 bytes are 32 MiB
+_OPEN_PARTS = 64  # files that a reader keeps open
+LOCATION = np.dtype([("part", "<i8"), ("row", "<i8"), ("offset", "<i8"), ("size", "<i8")])  # where a document lies
 
 
-class DocumentStore(Sequence[bytes]):
-    """Append documents, then read them by index.
+@dataclass(frozen=True)
+class PartRecord:
+    """One part of the documents."""
 
-    The file disappears when the context ends well; after an error the owner of its folder removes that.
-    """
+    name: str
+    num_documents: int
+    num_bytes: int
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = open(path, "w+b")  # noqa: SIM115 - closed by __exit__
-        self._map: mmap.mmap | None = None
-        self._offsets = array("q", [0])
-        self._held_out: list[bool | None] = []
-        self._digest = hashlib.sha256()
 
-    def __enter__(self) -> DocumentStore:
+def write_parts(folder: Path, prefix: str, documents: Iterable[Document], part_bytes: int) -> Iterator[PartRecord]:
+    """Write documents into parts named `<prefix>-00000`, ... of about `part_bytes`; yield each when it is whole."""
+    texts: list[bytes] = []
+    held_out: list[int] = []
+    pending = number = 0
+
+    def part() -> PartRecord:
+        name = f"{prefix}-{number:05d}"
+        write_through(folder / f"{name}.text", texts)
+        write_array(folder / f"{name}.offsets.npy", np.cumsum([0, *map(len, texts)], dtype=np.int64))
+        write_array(folder / f"{name}.decided.npy", np.array(held_out, dtype=np.int8))
+        return PartRecord(name, len(texts), pending)
+
+    for document in documents:
+        texts.append(document.text)
+        held_out.append(-1 if document.held_out is None else int(document.held_out))
+        pending += len(document.text)
+        if pending >= part_bytes or len(texts) == PART_DOCUMENTS:
+            yield part()
+            texts, held_out, pending, number = [], [], 0, number + 1
+    if texts:
+        yield part()
+
+
+class PartReader:
+    """Read documents of parts by their place; nothing is mapped, so resident memory is what is held."""
+
+    def __init__(self, folder: Path, parts: list[str], suffix: str = "text") -> None:
+        self._folder, self._parts, self._suffix = folder, parts, suffix
+        self._open: OrderedDict[int, int] = OrderedDict()
+
+    def __enter__(self) -> PartReader:
         return self
 
-    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        if self._map is not None:
-            self._map.close()
-        self._file.close()
-        if error_type is None:
-            self._path.unlink()
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
 
-    def append(self, document: Document) -> None:
-        """Add one document; all are added before the first is read."""
-        assert self._map is None, "documents are added before any is read"
-        self._file.write(document.text)
-        self._offsets.append(self._offsets[-1] + len(document.text))
-        self._held_out.append(document.held_out)
-        self._digest.update(f"{len(document.text)} {document.held_out}\n".encode())
-        self._digest.update(document.text)
+    def read(self, part: int, offset: int, size: int) -> bytes:
+        """`size` bytes of a part from `offset`."""
+        if part not in self._open:
+            if len(self._open) == _OPEN_PARTS:
+                os.close(self._open.popitem(last=False)[1])
+            path = self._folder / f"{self._parts[part]}.{self._suffix}"
+            self._open[part] = os.open(path, os.O_RDONLY)
+        self._open.move_to_end(part)
+        pieces = []
+        while size > 0:
+            piece = os.pread(self._open[part], min(size, 2**30), offset)
+            if not piece:
+                raise OSError(f"{self._folder / self._parts[part]}.{self._suffix} ends before byte {offset + size}")
+            pieces.append(piece)
+            offset, size = offset + len(piece), size - len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+class DocumentIndex:
+    """Where every document lies: 8 bytes a document of offsets, and a few numbers a part."""
+
+    def __init__(self, folder: Path, parts: list[PartRecord]) -> None:
+        self.folder, self.parts = folder, parts
+        self.first = np.cumsum([0, *(part.num_documents for part in parts)], dtype=np.int64)  # of each part
+        starts = np.cumsum([0, *(part.num_bytes for part in parts)], dtype=np.int64)
+        # Bytes before each document, over all parts; a part's own offsets are these less its start.
+        self._offsets = np.empty(len(self) + 1, dtype=np.int64)
+        for i, part in enumerate(parts):
+            offsets = np.load(folder / f"{part.name}.offsets.npy", allow_pickle=False)
+            self._offsets[self.first[i] : self.first[i + 1] + 1] = offsets + starts[i]
+        self._offsets[-1] = starts[-1]
+        self._starts = starts
 
     def __len__(self) -> int:
-        return len(self._held_out)
-
-    @overload
-    def __getitem__(self, index: int) -> bytes: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[bytes]: ...
-
-    def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        if self._map is None:
-            self._file.flush()
-            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._map[self._offsets[index] : self._offsets[index + 1]]
-
-    def size(self, index: int) -> int:
-        """Bytes of a document."""
-        return self._offsets[index + 1] - self._offsets[index]
-
-    def held_out(self, index: int, val_fraction: float) -> bool:
-        """Whether a document validates: as its source says, else when the hash of its text falls below the share.
-
-        The hash is SHA-256's first 64 bits as a fraction of 2**64, so a document keeps its side when others come or go.
-        """
-        decided = self._held_out[index]
-        if decided is not None:
-            return decided
-        return int.from_bytes(hashlib.sha256(self[index]).digest()[:8], "big") < val_fraction * 2**64
+        return int(self.first[-1])
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all documents."""
-        return self._offsets[-1]
+        return int(self._offsets[-1])
 
-    @property
-    def content_sha256(self) -> str:
-        """Hex SHA-256 of all documents in order, with what their source says of the split."""
-        return self._digest.hexdigest()
+    def sizes(self, documents: np.ndarray) -> np.ndarray:
+        """Bytes of each of some documents."""
+        sizes: np.ndarray = self._offsets[documents + 1] - self._offsets[documents]
+        return sizes
+
+    def locations(self, documents: np.ndarray) -> np.ndarray:
+        """(n,) LOCATION of some documents."""
+        result = np.empty(len(documents), dtype=LOCATION)
+        result["part"] = np.searchsorted(self.first, documents, side="right") - 1
+        result["row"] = documents - self.first[result["part"]]
+        result["offset"] = self._offsets[documents] - self._starts[result["part"]]
+        result["size"] = self.sizes(documents)
+        return result
+
+    def reader(self) -> PartReader:
+        """A reader of the texts."""
+        return PartReader(self.folder, [part.name for part in self.parts])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,10 @@ from train.corpus import Document
 from train.shards import DataError
 
 if TYPE_CHECKING:
-    from train.data import DataConfig
+    from train.data_config import TextConfig
 
 _BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_READ_CHUNK = 2**22  # characters of a file that are cut into documents at once
 _CHECK_CHUNK = 2**24  # bytes of a file that are decoded at once while it is checked
 
 
@@ -47,8 +49,44 @@ def local_files(patterns: list[str], setting: str) -> list[Path]:
     return sorted(found)
 
 
-def external_documents(cfg: DataConfig) -> Iterator[Document]:
-    """Documents of a Hugging Face dataset or of local files; `held_out` is set where validation is given apart.
+@dataclass(frozen=True)
+class Unit:
+    """What is read by itself, in order: local files, or a split of a dataset."""
+
+    held_out: bool | None  # validation (true) or training (false); None: decided by the hash of the text
+    files: tuple[Path, ...] = ()
+    split: str | None = None
+
+
+def external_units(cfg: TextConfig) -> list[Unit]:
+    """The parts of a source that can be read independently: a local file each, unless a number of documents is set.
+
+    Raises:
+        DataError: no files, or neither a dataset nor files are given.
+    """
+    apart = bool(cfg.val_files) or cfg.val_split is not None
+    training = False if apart else None
+    if cfg.data_files:
+        units = _file_units(cfg, local_files(cfg.data_files, "data_files"), training)
+    elif cfg.path is not None:
+        units = [Unit(training, split=cfg.split)]
+    else:
+        raise DataError("data.source=datasets needs data.path=<hub dataset> or data.data_files=[<files>]; give one")
+    if cfg.val_files:
+        units += _file_units(cfg, local_files(cfg.val_files, "val_files"), True)
+    elif cfg.val_split is not None:
+        units.append(Unit(True, split=cfg.val_split))
+    return units
+
+
+def _file_units(cfg: TextConfig, files: list[Path], held_out: bool | None) -> list[Unit]:
+    if cfg.max_documents is not None:
+        return [Unit(held_out, tuple(files))]
+    return [Unit(held_out, (file,)) for file in files]
+
+
+def unit_documents(cfg: TextConfig, unit: Unit) -> Iterator[Document]:
+    """Documents of a unit.
 
     A .txt or .md file is one document unless `document_separator` cuts it; a row of jsonl or parquet is one document.
     Documents of white space alone are left out.
@@ -56,47 +94,45 @@ def external_documents(cfg: DataConfig) -> Iterator[Document]:
     Raises:
         DataError: Missing file or field, no text in a row, bytes that are no UTF-8, no network.
     """
-    apart = bool(cfg.val_files) or cfg.val_split is not None
-    if cfg.data_files:
-        sources = [(_read_files(cfg, local_files(cfg.data_files, "data_files")), False if apart else None)]
-    elif cfg.path is not None:
-        sources = [(_read_hub(cfg, cfg.split), False if apart else None)]
-    else:
-        raise DataError("data.source=datasets needs data.path=<hub dataset> or data.data_files=[<files>]; give one")
-    if cfg.val_files:
-        sources.append((_read_files(cfg, local_files(cfg.val_files, "val_files")), True))
-    elif cfg.val_split is not None:
-        sources.append((_read_hub(cfg, cfg.val_split), True))
-    for texts, held_out in sources:
-        count = 0
-        for name, text in texts:
-            if count == cfg.max_documents:
-                break
-            if text.strip():
-                count += 1
-                try:
-                    yield Document(name, text.encode("utf-8"), held_out)
-                except UnicodeEncodeError as error:
-                    raise DataError(f"{name} is no UTF-8 text: {error.reason} at character {error.start}") from error
+    texts = _read_hub(cfg, unit.split) if unit.split is not None else _read_files(cfg, unit.files)
+    count = 0
+    for name, text in texts:
+        if count == cfg.max_documents:
+            break
+        if text.strip():
+            count += 1
+            try:
+                yield Document(name, text.encode("utf-8"), unit.held_out)
+            except UnicodeEncodeError as error:
+                raise DataError(f"{name} is no UTF-8 text: {error.reason} at character {error.start}") from error
 
 
-def _read_files(cfg: DataConfig, files: list[Path]) -> Iterator[tuple[str, str]]:
+def _read_files(cfg: TextConfig, files: Iterable[Path]) -> Iterator[tuple[str, str]]:
     for file in files:
         builder = _BUILDERS[file.suffix]
         if builder != "parquet":
             check_utf8(file)
+        if builder == "text" and cfg.document_separator is not None:
+            separator = cfg.document_separator.replace("\\n", "\n")  # a command line can hardly hold a line break
+            yield from ((f"{file}.{i}", part) for i, part in enumerate(_cut(file, separator)))
+            continue
         options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
         rows = _load(builder, f"file {file}", data_files=[str(file)], split="train", **options)
         field = "text" if builder == "text" else cfg.text_field
-        for name, text in _texts(rows, field, str(file)):
-            if builder == "text" and cfg.document_separator is not None:
-                separator = cfg.document_separator.replace("\\n", "\n")  # a command line can hardly hold a line break
-                yield from ((f"{name}.{i}", part) for i, part in enumerate(text.split(separator)))
-            else:
-                yield name, text
+        yield from _texts(rows, field, str(file))
 
 
-def _read_hub(cfg: DataConfig, split: str) -> Iterator[tuple[str, str]]:
+def _cut(file: Path, separator: str) -> Iterator[str]:
+    """The texts between separators, read piece by piece: only the longest one has to fit into memory."""
+    rest = ""
+    with open(file, encoding="utf-8") as handle:
+        while piece := handle.read(_READ_CHUNK):
+            *whole, rest = (rest + piece).split(separator)
+            yield from whole
+    yield rest
+
+
+def _read_hub(cfg: TextConfig, split: str) -> Iterator[tuple[str, str]]:
     what = f"dataset {cfg.path}, split {split}"
     rows = _load(cfg.path, what, name=cfg.name, revision=cfg.revision, split=split)
     yield from _texts(rows, cfg.text_field, what)

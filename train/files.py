@@ -1,10 +1,14 @@
 """Reading and writing small files so that nobody sees half of one. Imports neither torch nor a config framework."""
 
 import hashlib
+import io
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 TAIL_BYTES = 1 << 16  # of a log or a metrics file: hundreds of lines
 
@@ -25,6 +29,26 @@ def atomic_write(path: Path, content: str | bytes) -> None:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_through(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Write a large file piece by piece through a temporary name, fsync and rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write an .npy file through a temporary name, fsync and rename."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    write_through(path, [buffer.getbuffer()])
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

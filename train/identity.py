@@ -14,7 +14,7 @@ from typing import Any
 _NOT_IDENTITY: dict[tuple[str, ...], tuple[str, ...]] = {
     # The weights to start from count by their content, init_sha256; init_changes only lets a setting pass a check.
     (): ("run_dir", "log", "schema_version", "init_from", "init_changes"),
-    ("data",): ("root",),
+    ("data",): ("root", "num_workers"),
     ("table",): ("folder", "cache_mib"),
     ("train",): (
         "checkpoint_interval",
@@ -31,6 +31,7 @@ _NOT_IDENTITY: dict[tuple[str, ...], tuple[str, ...]] = {
 # They can start new runs (`init_from`) once the setting is moved in their config.yaml.
 _LATER: dict[tuple[str, ...], dict[str, Any]] = {
     (): {"init_sha256": None},
+    ("data",): {"mixture": []},
     ("model",): {"mla": None, "over_encoding": None, "hyper_connections": None},
     ("model", "moe", "router"): {
         "kind": "sigmoid",

@@ -23,7 +23,7 @@ from train.checkpoint_writer import WriterOptions
 from train.data import Batch, TrainBatches, check_fits, validation_batches
 from train.ema import WeightAverage
 from train.engine import Engine
-from train.evaluate import Evaluation, evaluate
+from train.evaluate import Evaluation, evaluate_sources, source_records
 from train.finite import check_finite
 from train.identity import to_plain
 from train.metrics import Recorder, peak_flops
@@ -114,6 +114,9 @@ def train(config: "Config", folder: RunFolder, identity: str, ranks: Ranks = ALO
         check_tokenizer(start, config, prepared)
     check_fits(prepared, config.model.vocab_size, config.model.seq_len)
     batches = TrainBatches(prepared, config.model.seq_len, cfg.global_batch_tokens // config.model.seq_len, config.seed)
+    if ranks.is_main:
+        for note in batches.epoch_notes(max_steps):
+            print(note, flush=True)
     memory = build_memory(config, prepared, device, ranks)
     engine = build_engine(config, memory, device, ranks, start)
     folder.record("ds_config.json", engine.ds_config)
@@ -178,6 +181,7 @@ def train(config: "Config", folder: RunFolder, identity: str, ranks: Ranks = ALO
                         **{f"train/{name}": float(value.detach()) for name, value in output.aux_losses.items()},
                         "train/tokens": done * cfg.global_batch_tokens,
                         "train/epoch": batches.epoch(step),
+                        **{f"train/epochs_{label}": n for label, n in batches.source_epochs(done).items()},
                         "optim/lr": config.optim.lr * scale,
                         "optim/grad_norm": report.grad_norm,
                         "optim/table_grad_norm": report.table_grad_norm,
@@ -189,7 +193,7 @@ def train(config: "Config", folder: RunFolder, identity: str, ranks: Ranks = ALO
             progress.update(done, state.train_loss)
             if cfg.eval_interval and done % cfg.eval_interval == 0 and done < max_steps:
                 evaluation = _evaluate(config, engine, memory, average, prepared, device, ranks)
-                recorder.record(done, {"val/loss": evaluation.loss, "val/bits_per_byte": evaluation.bits_per_byte})
+                recorder.record(done, evaluation.metrics())
                 statistics.restart_clock()
             stopping = ranks.any(stop.is_set())
             if stopping or (cfg.checkpoint_interval and done % cfg.checkpoint_interval == 0 and done < max_steps):
@@ -203,7 +207,7 @@ def train(config: "Config", folder: RunFolder, identity: str, ranks: Ranks = ALO
 
         state.train_seconds = time.perf_counter() - training_start
         evaluation = _evaluate(config, engine, memory, average, prepared, device, ranks)
-        recorder.record(max_steps, {"val/loss": evaluation.loss, "val/bits_per_byte": evaluation.bits_per_byte})
+        recorder.record(max_steps, evaluation.metrics())
     if cfg.final_checkpoint:
         save(writer, max_steps, state, engine, memory, average, True)
     result = {
@@ -216,6 +220,7 @@ def train(config: "Config", folder: RunFolder, identity: str, ranks: Ranks = ALO
         "world_size": ranks.world_size,
         "tokens": max_steps * cfg.global_batch_tokens,
         "epochs": batches.epochs_needed(max_steps),
+        "sources": source_records(prepared, batches, max_steps, evaluation),
         "parameters": count_parameters(config.model).to_dict(),
         "flops_per_token": flops_per_token(config.model).to_dict(),
         "train_seconds": state.train_seconds,
@@ -257,11 +262,10 @@ def _micro_batches(
     """
     if step >= max_steps:
         return [], 0
-    batch = batches.batch(step)
-    num_targets = int((batch.targets >= 0).sum())
-    mine = ranks.share(len(batch.token_ids))
-    tensors = (batch.token_ids, batch.targets, batch.document_ids)
-    parts = zip(*(tensor[mine.start : mine.stop].split(size) for tensor in tensors), strict=True)
+    mine = ranks.share(batches.global_batch_size)
+    batch = batches.batch(step, mine.start, mine.stop)
+    num_targets = int(ranks.sum((batch.targets >= 0).sum().to(device)))
+    parts = zip(batch.token_ids.split(size), batch.targets.split(size), batch.document_ids.split(size), strict=True)
     return [Batch(*(tensor.to(device) for tensor in part)) for part in parts], num_targets
 
 
@@ -287,18 +291,17 @@ def _evaluate(
     cfg, seq_len = config.train, config.model.seq_len
     apart = memory.hasher is not None and memory.hasher.shuffled  # neighbours in a batch are then strangers
 
-    def windows() -> Iterator[Batch]:
-        for batch in ranks.take_turns(
-            validation_batches(prepared, seq_len, cfg.micro_batch_size, cfg.eval_tokens, apart), Batch.without_targets
-        ):
+    def windows(data: PreparedData, max_tokens: int) -> Iterator[Batch]:
+        batches = validation_batches(data, seq_len, cfg.micro_batch_size, max_tokens, apart)
+        for batch in ranks.take_turns(batches, Batch.without_targets):
             yield Batch(batch.token_ids.to(device), batch.targets.to(device), batch.document_ids.to(device))
 
     if average is None:
-        return evaluate(lambda batch: forward(engine, memory, batch), windows(), prepared.bytes_per_token_val, ranks)
+        return evaluate_sources(lambda batch: forward(engine, memory, batch), prepared, cfg.eval_tokens, windows, ranks)
 
     def averaged(batch: Batch) -> Output:
         rows = memory.averaged_rows(memory.row_ids(batch), average)
         return engine.forward(batch.token_ids, batch.document_ids, rows, batch.targets)
 
     with average.applied():
-        return evaluate(averaged, windows(), prepared.bytes_per_token_val, ranks)
+        return evaluate_sources(averaged, prepared, cfg.eval_tokens, windows, ranks)

@@ -61,7 +61,8 @@ class ShardWriter:
         self._folder, self._split, self._dtype, self._eos_id = folder, split, dtype, eos_id
         self._shard_tokens = shard_tokens
         self._file: BinaryIO | None = None
-        self._offsets = [0]
+        self._offsets = [np.zeros(1, dtype=np.int64)]
+        self._num_tokens = 0  # of the shard that is being written
         self.shards: list[Shard] = []
 
     def __enter__(self) -> ShardWriter:
@@ -75,20 +76,31 @@ class ShardWriter:
 
     def add(self, ids: list[int] | np.ndarray) -> None:
         """Append one document, without its end-of-document id, which is added here."""
-        document = np.empty(len(ids) + 1, dtype=self._dtype)
-        document[:-1] = ids
+        document = np.array([*ids, self._eos_id], dtype=self._dtype)
         if (document[:-1] == self._eos_id).any():
             raise DataError(
                 f"the tokenizer gives the end-of-document id {self._eos_id} inside a document of split {self._split}; "
                 "name another token with data.eos_token"
             )
-        document[-1] = self._eos_id
-        if self._file is not None and self._offsets[-1] + len(document) > self._shard_tokens:
-            self._finish_shard()
-        if self._file is None:
-            self._file = open(self._folder / f"{self._name()}.bin", "wb")  # noqa: SIM115 - closed by _finish_shard
-        self._file.write(document.tobytes())
-        self._offsets.append(self._offsets[-1] + len(document))
+        self.add_documents(document, np.array([len(document)]))
+
+    def add_documents(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents, one after another in `tokens`, each with the end-of-document id as its last."""
+        ends = np.cumsum(lengths)
+        first, start = 0, 0  # document and token from which on nothing is written yet
+        while first < len(lengths):
+            last = int(np.searchsorted(ends, start + self._shard_tokens - self._num_tokens, side="right"))
+            if last == first and self._file is not None:
+                self._finish_shard()
+                continue
+            last = max(last, first + 1)  # a document longer than a shard has one of its own
+            stop = int(ends[last - 1])
+            if self._file is None:
+                self._file = open(self._folder / f"{self._name()}.bin", "wb")  # noqa: SIM115 - _finish_shard closes it
+            self._file.write(np.ascontiguousarray(tokens[start:stop], dtype=self._dtype).data)
+            self._offsets.append(ends[first:last] - start + self._num_tokens)
+            self._num_tokens += stop - start
+            first, start = last, stop
 
     def _name(self) -> str:
         return f"{self._split}-{len(self.shards):05d}"
@@ -100,9 +112,10 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         name = self._name()
-        save_array(self._folder / f"{name}.offsets.npy", np.array(self._offsets, dtype=np.int64))
-        self.shards.append(Shard(f"{name}.bin", f"{name}.offsets.npy", self._offsets[-1], len(self._offsets) - 1))
-        self._file, self._offsets = None, [0]
+        offsets = np.concatenate(self._offsets).astype(np.int64)
+        save_array(self._folder / f"{name}.offsets.npy", offsets)
+        self.shards.append(Shard(f"{name}.bin", f"{name}.offsets.npy", self._num_tokens, len(offsets) - 1))
+        self._file, self._offsets, self._num_tokens = None, [np.zeros(1, dtype=np.int64)], 0
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
