@@ -53,7 +53,7 @@ def test_the_input_equals_averages_of_rows_found_by_python_integers(max_ngram_si
     (out * signs.float()).sum().backward()
     table.accumulate(row_ids[0], rows.grad)
     merged = torch.zeros_like(row_grad)
-    merged[table.pending_rows()] = table._merged()[1].double()
+    merged[table.pending_rows()] = table._gradient.merged()[1].double()
     assert relative_error(merged, row_grad) < 1e-5
 
 

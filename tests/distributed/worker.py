@@ -125,7 +125,8 @@ class Run:
             local = table.local if isinstance(table, ShardedTable) else table
             first = table.rows.start if isinstance(table, ShardedTable) else 0
             dense = torch.zeros(table.num_rows, local.weight.shape[1])
-            rows, gradient = local._merged() or (torch.empty(0, dtype=torch.int64), torch.empty(0, dense.shape[1]))
+            nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, dense.shape[1])
+            rows, gradient = local._gradient.merged() or nothing
             dense[rows + first] = gradient
             full[f"table.{layer}"] = self.ranks.sum(dense)
         return full
