@@ -109,10 +109,12 @@ class StepGradient:
 
     Args:
         row_dim: M.
+        frozen: whether the rows take none.
     """
 
-    def __init__(self, row_dim: int) -> None:
+    def __init__(self, row_dim: int, frozen: bool) -> None:
         self.row_dim = row_dim
+        self.frozen = frozen
         self._parts: list[tuple[Tensor, Tensor]] = []  # coalesced (row ids, gradients), one per accumulation
 
     def __bool__(self) -> bool:
@@ -122,8 +124,11 @@ class StepGradient:
         """Adds the gradient (..., M) of rows (...).
 
         Raises:
+            RuntimeError: the table is frozen.
             ValueError: the gradient's shape does not fit the row ids.
         """
+        if self.frozen:
+            raise RuntimeError("the memory table is frozen (memory.frozen=true) and takes no gradient")
         if grad.shape != (*row_ids.shape, self.row_dim):
             raise ValueError(
                 f"gradient of shape {tuple(grad.shape)} does not belong to row ids of shape {tuple(row_ids.shape)} "
@@ -234,7 +239,7 @@ class LocalTable:
         self.rows_touched = 0
         self.rows_ever_touched = 0
         self._norms: tuple[Tensor, Tensor] | None = None  # of the last update and of the rows before it
-        self._gradient = StepGradient(row_dim)
+        self._gradient = StepGradient(row_dim, self.optim.frozen)
 
     @property
     def num_rows(self) -> int:
@@ -260,14 +265,7 @@ class LocalTable:
         return rows.view(*row_ids.shape, self.weight.shape[1]).requires_grad_(not self.optim.frozen)
 
     def accumulate(self, row_ids: Tensor, grad: Tensor) -> None:
-        """Adds the gradient of one micro-batch.
-
-        Raises:
-            RuntimeError: the table is frozen.
-            ValueError: the gradient's shape does not fit the row ids.
-        """
-        if self.optim.frozen:
-            raise RuntimeError("the memory table is frozen (memory.frozen=true) and takes no gradient")
+        """Adds the gradient of one micro-batch; errors as in `StepGradient.add`."""
         self._gradient.add(row_ids, grad)
 
     def grad_sq_norm(self) -> float:

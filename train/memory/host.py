@@ -63,7 +63,7 @@ class HostTable:
         self._seed, self._layer, self._first_row = seed, layer, first_row
         self._rows_ever_touched = 0
         self._norms: tuple[Tensor, Tensor] | None = None  # of the last update and of the rows before it
-        self._gradient = StepGradient(self._rows.shape[1])
+        self._gradient = StepGradient(self._rows.shape[1], self.optim.frozen)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._tasks = InOrder(asynchronous, f"memory table {layer}")
         self._update: Future[None] | None = None
@@ -158,14 +158,7 @@ class HostTable:
         return self._tasks.submit(task)
 
     def accumulate(self, row_ids: Tensor, grad: Tensor) -> None:
-        """Adds the gradient of one micro-batch.
-
-        Raises:
-            RuntimeError: the table is frozen.
-            ValueError: the gradient's shape does not fit the row ids.
-        """
-        if self.optim.frozen:
-            raise RuntimeError("the memory table is frozen (memory.frozen=true) and takes no gradient")
+        """Adds the gradient of one micro-batch; errors as in `StepGradient.add`."""
         self._gradient.add(row_ids, grad)
 
     def grad_sq_norm(self) -> float:
