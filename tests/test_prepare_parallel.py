@@ -91,7 +91,12 @@ def test_errors_of_workers_are_those_of_the_data_and_leave_nothing(cfg: DataConf
 
 
 PROGRAM = f"""
-import sys
+import os, sys, time
+rename = os.rename
+def rename_later(*paths):
+    time.sleep(1.0)  # long enough to be killed in, between the last file and the name of the folder
+    rename(*paths)
+os.rename = rename_later
 from train import copies, stages, workers
 from train.data_config import DataConfig, DataSource
 from train.prepare import prepare

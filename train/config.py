@@ -200,6 +200,11 @@ def _validate_ranks(config: Config, ranks: int) -> None:
             f"table.place={config.table.place.value} does not work with {ranks} ranks yet: rows spread over ranks lie "
             "on their devices; set table.place=device, or train in one process"
         )
+    if ranks > 1 and config.init_from is not None and (config.model.memory is not None or degree > 1):
+        raise ValueError(
+            f"init_from={config.init_from} does not work with {ranks} ranks yet where rows or experts are spread over "
+            "them; take the first steps in one process, and go on with several from its checkpoint"
+        )
     if config.engine.zero_stage == 3 and config.train.ema_decay:
         raise ValueError(
             f"train.ema_decay={config.train.ema_decay} does not work with engine.zero_stage=3, which keeps no whole "

@@ -14,6 +14,7 @@ This is the only file that imports deepspeed. How the pieces fit (see docs/decis
 * Parameters are fp32 (the master weights); `bf16` means autocast inside the model's forward.
 """
 
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -101,13 +102,29 @@ class Engine:
         self.parameters = list(model.named_parameters())  # once: finding them takes longer than using them
         self._places = _places(model, self.ranks)
         self.groups = parameter_groups(model, optim, self._expert_group)
-        self.ds_config = deepspeed_config(cfg, optim.kind, micro_batch_size)
+        self.ds_config = deepspeed_config(cfg, optim.kind, micro_batch_size, self._one_bucket())
         self._engine = self._initialize(_AutocastModel(model, device, resolve_precision(cfg.precision)))
 
     @property
     def _expert_group(self) -> str | None:
         """DeepSpeed's name of the groups that reduce experts, where ranks hold different ones."""
         return f"ep_size_{self.ranks.expert_parallel}" if self.ranks.expert_parallel > 1 else None
+
+    def _one_bucket(self) -> int | None:
+        """Elements of all gradients of the fullest rank, where ranks must not reduce in more than one go.
+
+        ZeRO 2 fills buckets of a fixed size with gradients as they come. Where ranks hold unequally many experts they
+        would cut at other parameters, and reduce buckets that do not match.
+        """
+        degree, total = self.ranks.expert_parallel, 0
+        shares = [place for place in self._places.values() if place.degree > 1]
+        if self.cfg.zero_stage != 2 or not any(place.shape[0] % degree for place in shares):
+            return None
+        for name, parameter in self.parameters:
+            shape = self._places[name].shape
+            fullest = -(-shape[0] // degree) if self._places[name].degree > 1 else shape[0]
+            total += fullest * (parameter.numel() // parameter.shape[0])
+        return total
 
     def _initialize(self, wrapped: nn.Module) -> Any:
         deepspeed = _import_deepspeed()
@@ -182,6 +199,8 @@ class Engine:
         self._set_lr(lr_scale)
         with _eager_muon(self.optim.kind):
             self._engine.step()
+        if not self._engine.was_step_applied():  # DeepSpeed looks once more, after Muon
+            check_finite("norm of the optimizer's update", math.inf)
         for table in self.tables.values():
             table.apply(factor, self.optim.lr * lr_scale)
         return StepReport(grad_norm=norm, table_grad_norm=table_sq**0.5, clip_factor=factor)
@@ -265,11 +284,18 @@ def _places(model: Transformer, ranks: Ranks) -> dict[str, _Place]:
     return places
 
 
-def deepspeed_config(cfg: EngineConfig, kind: OptimizerKind, micro_batch_size: int) -> dict[str, Any]:
-    """The whole DeepSpeed configuration, generated; written to the run folder as `ds_config.json`."""
+def deepspeed_config(
+    cfg: EngineConfig, kind: OptimizerKind, micro_batch_size: int, bucket: int | None = None
+) -> dict[str, Any]:
+    """The whole DeepSpeed configuration, generated; written to the run folder as `ds_config.json`.
+
+    `bucket`: gradient elements that ZeRO 2 reduces at once, at least; None leaves that to DeepSpeed.
+    """
     zero: dict[str, Any] = {"stage": cfg.zero_stage, "overlap_comm": False}
     if cfg.zero_stage == 3 and kind is OptimizerKind.muon:
         zero["reduce_scatter"] = False  # Muon needs whole matrices; DeepSpeed refuses it otherwise
+    if bucket is not None:
+        zero["reduce_bucket_size"] = bucket
     generated = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,  # unmanaged: the caller of backward decides when to step

@@ -105,7 +105,7 @@ def train(config: "Config", folder: RunFolder, identity: str, ranks: Ranks = ALO
     torch.manual_seed(config.seed)
     device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
-    resuming = newest(folder.checkpoints) is not None
+    resuming = ranks.from_main(str(newest(folder.checkpoints))) != "None"
     start = Path(config.init_from) if config.init_from is not None and not resuming else None
     if start is not None:
         check_model(start, config)  # before data are prepared, which may take long
@@ -123,7 +123,7 @@ def train(config: "Config", folder: RunFolder, identity: str, ranks: Ranks = ALO
     average = WeightAverage(engine.model, memory.local_tables, cfg.ema_decay, max_steps) if cfg.ema_decay else None
     first_step, state = resume(folder, prepared, engine, memory, average)
     folder.step = first_step
-    statistics = StepStatistics(config.model, peak_flops(device, config.engine.precision.value))
+    statistics = StepStatistics(config.model, peak_flops(device, config.engine.precision.value), ranks)
     stop = _stop_on_signal()
     training_start = time.perf_counter() - state.train_seconds
     settings = to_plain(config) | {"identity": identity}
@@ -186,7 +186,7 @@ def train(config: "Config", folder: RunFolder, identity: str, ranks: Ranks = ALO
                         "optim/grad_norm": report.grad_norm,
                         "optim/table_grad_norm": report.table_grad_norm,
                         "optim/clip_factor": report.clip_factor,
-                        **statistics.collect(output.stats, expert_counts, memory.local_tables),
+                        **statistics.collect(output.stats, expert_counts, memory.tables),
                     },
                 )
                 folder.status("running", done, max_steps)

@@ -58,9 +58,9 @@ def run(config: Config) -> int:
     try:
         with RunFolder(Path(config.run_dir), to_yaml(config), identity, ranks.is_main) as folder:
             ranks.barrier()  # rank 0 holds the folder, or has ended the run
-            finished = folder.result()
-            if finished is not None:
-                if ranks.is_main:
+            finished = folder.result() if ranks.is_main else None
+            if ranks.from_main(str(finished is not None)) == "True":
+                if finished is not None:
                     print(f"{folder.path} is finished: validation loss {finished['val_loss']:.4f}")
                 return 0
             try:

@@ -10,7 +10,7 @@ from torch import Tensor
 from models.memory_table import MemoryTable
 from train.build import Memory
 from train.checkpoint import Checkpoint
-from train.checkpoint_folder import newest_good, remove_leftovers
+from train.checkpoint_folder import checkpoints, newest_good, remove_leftovers
 from train.checkpoint_writer import CheckpointWriter, Place, SaveReport, WriterOptions
 from train.ema import WeightAverage
 from train.engine import Engine
@@ -87,6 +87,7 @@ def resume(
     ranks = engine.ranks
     if ranks.is_main:
         remove_leftovers(folder.checkpoints)
+    _refuse_other_listings(folder, ranks)
     good = newest_good(folder.checkpoints, True, ranks.rank, ranks.world_size, ranks.join_lists)
     if good is None:
         return 0, RunState(prepared.fingerprint, prepared.tokenizer_sha256, prepared.compression_sha256)
@@ -104,6 +105,21 @@ def resume(
     # Earlier checkpoints have the fingerprint alone, which says as much while the data lie prepared.
     sums = {"tokenizer_sha256": prepared.tokenizer_sha256, "compression_sha256": prepared.compression_sha256}
     return found.step, RunState(**(sums | found.state))
+
+
+def _refuse_other_listings(folder: RunFolder, ranks: Ranks) -> None:
+    """Ranks that see other checkpoints would go on from other steps.
+
+    Raises:
+        ValueError: naming what two of them see.
+    """
+    seen = ranks.join_lists([", ".join(path.name for path in checkpoints(folder.checkpoints)) or "none"])
+    other = next((rank for rank, names in enumerate(seen) if names != seen[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"run_dir={folder.path}: rank 0 sees the checkpoints {seen[0]}, rank {other} sees {seen[other]}; every "
+            "node must see the same folder: use a shared file system, or start again if its listing was late"
+        )
 
 
 def load_tables(found: Checkpoint, memory: Memory, ranks: Ranks = ALONE) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from models.accounting import flops_per_token
 from models.memory_table import MemoryTable
 from models.transformer import Stats, TransformerConfig
+from train.ranks import ALONE, Ranks
 
 
 class StepStatistics:
@@ -20,10 +21,13 @@ class StepStatistics:
     recomputation.
     """
 
-    def __init__(self, cfg: TransformerConfig, peak: tuple[float, str]) -> None:
+    def __init__(self, cfg: TransformerConfig, peak: tuple[float, str], ranks: Ranks = ALONE) -> None:
         self.memory_part = "over_encoding" if cfg.over_encoding is not None else "engram"
         self.flops_per_token = 3 * flops_per_token(cfg).with_head
-        self.peak, self.convention = peak
+        self.ranks = ranks
+        self.peak, self.convention = peak[0] * ranks.world_size, peak[1]
+        if ranks.world_size > 1:
+            self.convention += f", times {ranks.world_size} ranks"
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -35,7 +39,10 @@ class StepStatistics:
         self._tokens += num_tokens
 
     def collect(self, stats: Stats, expert_counts: Tensor | None, tables: Mapping[int, MemoryTable]) -> dict[str, Any]:
-        """One record's worth, and restart the clock. Router entropy, drops and gates are the last micro-batch's."""
+        """One record's worth, and restart the clock; all ranks call it together.
+
+        Router entropy, drops and gates are those of this rank's last micro-batch.
+        """
         tokens_per_second = self._tokens / max(time.perf_counter() - self._start, 1e-9)
         record: dict[str, Any] = {"perf/tokens_per_second": tokens_per_second}
         if self.peak:
@@ -55,8 +62,10 @@ class StepStatistics:
             if layer in stats.gate_mean:
                 record[f"engram/gate_mean_{layer}"] = float(stats.gate_mean[layer])
                 record[f"engram/gate_histogram_{layer}"] = stats.gate_histogram[layer].tolist()
-            record[f"{self.memory_part}/rows_touched_{layer}"] = table.rows_touched
-            record[f"{self.memory_part}/rows_ever_touched_{layer}"] = table.rows_ever_touched
+            rows = torch.tensor([table.rows_touched, table.rows_ever_touched], device=table.step.device)
+            touched, ever_touched = self.ranks.sum(rows).tolist()
+            record[f"{self.memory_part}/rows_touched_{layer}"] = touched
+            record[f"{self.memory_part}/rows_ever_touched_{layer}"] = ever_touched
             record[f"{self.memory_part}/num_rows_{layer}"] = table.num_rows
         self.restart_clock()
         return record
