@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from train.config import config_hash
 from train.engine import EngineConfig, Precision
 from train.loop import TrainConfig
 from train.optim import OptimConfig, OptimizerKind
+from train.snapshot import _refuse_other_listings
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +128,12 @@ def test_training_goes_on_without_room_and_fails_at_its_end(
 def test_buffers_of_no_size_are_refused(value: float) -> None:
     with pytest.raises(ValueError, match=r"train.checkpoint_buffer_gib=.* must be >= 0 and finite; usual: 2"):
         TrainConfig(checkpoint_buffer_gib=value)
+
+
+def test_ranks_that_see_other_checkpoints_do_not_go_on(whole: Path) -> None:
+    folder = SimpleNamespace(path=whole, checkpoints=whole / "checkpoints")
+    for others, named in ((["step_00000003"], "rank 1 sees step_00000003;"), (["none"], "rank 1 sees none;")):
+        ranks = SimpleNamespace(join_lists=lambda lines, others=others: lines + others)
+        with pytest.raises(ValueError, match=f"rank 0 sees the checkpoints step_00000003, .*step_00000008, {named}"):
+            _refuse_other_listings(folder, ranks)
+    _refuse_other_listings(folder, SimpleNamespace(join_lists=lambda lines: lines * 3))

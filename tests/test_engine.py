@@ -316,3 +316,14 @@ def test_native_kernels_that_could_not_run_are_refused(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match=r"native_kernels=matrices works on a CPU only.*native_kernels=off"):
         resolve_native(asked)
+
+
+def test_a_step_that_deepspeed_skips_is_not_taken_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = Setup(OptimConfig(), 1)
+    setup.backward(1)
+    rows = setup.table.weight.clone()
+    monkeypatch.setattr(setup.engine._engine, "was_step_applied", lambda: False)
+    with pytest.raises(NonFiniteLossError, match="norm of the optimizer's update is inf"):
+        setup.engine.step(1.0)
+    assert torch.equal(setup.table.weight, rows)
+    setup.table.discard()

@@ -303,3 +303,12 @@ def test_a_run_repeats_from_its_folder_alone(tmp_path: Path) -> None:
     )  # fmt: skip
     assert spoken.returncode == 0, spoken.stderr
     assert spoken.stdout.startswith("import ")
+
+
+def test_a_start_from_weights_is_refused_where_they_would_be_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = composed("model=tiny_engram", "train.global_batch_tokens=8192")
+    cfg.init_from = "runs/earlier"
+    validate(cfg)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="init_from=runs/earlier does not work with 2 ranks yet"):
+        validate(cfg)
