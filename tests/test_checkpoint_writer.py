@@ -14,6 +14,7 @@ from tests.faults import KILL_MOMENTS, full_disk, in_child, kill_at
 from tests.writing_ranks import STATE, deal, same, tensors, write
 from train import rank_files
 from train.checkpoint import Checkpoint
+from train.checkpoint_commit import give_up
 from train.checkpoint_folder import checkpoints, load_latest, newest_good, remove_leftovers
 from train.checkpoint_writer import CheckpointWriter, Place, WriterOptions
 from train.host_buffer import HostBuffer
@@ -100,6 +101,11 @@ def test_synchronous_and_asynchronous_write_the_same_files(tmp_path: Path) -> No
     assert a == b
 
 
+def left_in(folder: Path) -> list[str]:
+    """What lies there, but for the empty folders by which ranks know what rank 0 gave up, until its next save."""
+    return [p.name for p in folder.iterdir() if any(p.iterdir()) or not p.name.endswith(".given-up.tmp")]
+
+
 def ranks(folder: Path, world_size: int, **options: Any) -> list[CheckpointWriter]:
     return [
         CheckpointWriter(folder, WriterOptions(**{"timeout_seconds": 5.0} | options), Place(rank, world_size, "a"))
@@ -136,7 +142,7 @@ def test_a_rank_that_never_comes_is_named(tmp_path: Path, capsys: pytest.Capture
     assert "step_00000001 is the newest; training goes on" in err
     with pytest.raises(OSError, match=r"no record of rank 1, 2 \(of 3\)"):
         writers[0].save(3, deal(tensors(), 3)[0], STATE, final=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert left_in(tmp_path) == ["step_00000001"]
 
 
 def test_a_rank_that_fails_says_so_and_all_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +162,23 @@ def test_a_rank_that_fails_says_so_and_all_know(tmp_path: Path, monkeypatch: pyt
     assert time.monotonic() - started < 3  # nobody waited for the time-out
     assert "rank 1: [Errno 5]" in messages[0] and "Input/output error" in messages[1]
     assert "rank 0 gave it up" in messages[2] or "No such file" in messages[2]
-    assert not list(tmp_path.iterdir())
+    assert not checkpoints(tmp_path)
+
+
+def test_a_rank_that_comes_after_rank_0_gave_up_does_not_wait(tmp_path: Path) -> None:
+    first, late = ranks(tmp_path, 2)
+    temporary = tmp_path / f".step_00000001.{late.place.attempt}-1.tmp"
+    temporary.mkdir()
+    give_up(temporary, 2)
+    started = time.monotonic()
+    with pytest.raises(OSError, match="rank 0 gave it up"):
+        late.save(1, deal(tensors(), 2)[1], STATE, True)
+    assert time.monotonic() - started < 3  # the time-out is 5 s
+    first.save(2, deal(tensors(), 2)[0], STATE)  # its thread waits for the other rank's part, not it
+    assert not list(tmp_path.glob(".step_00000001.*")), "the next save tidies up"
+    give_up(tmp_path / ".step_00000002.a-1.tmp", 2)
+    first.drain()
+    assert not checkpoints(tmp_path)
 
 
 def test_a_mistake_in_the_thread_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +251,7 @@ def test_one_of_two_processes_is_killed(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no record of rank 1"):
         writer.save(2, deal(tensors(2), 2)[0], STATE, final=True)
     assert newest_good(tmp_path, set_aside=False) == tmp_path / "step_00000001"
-    assert not list(tmp_path.glob(".step_*"))
+    assert left_in(tmp_path) == ["step_00000001"]
 
 
 def test_two_processes_write_one_checkpoint(tmp_path: Path) -> None:

@@ -140,19 +140,32 @@ def was_committed(temporary: Path, final: Path, timeout_seconds: float) -> bool:
         UnfinishedCheckpointError: neither happened for `timeout_seconds`.
     """
     deadline = time.monotonic() + timeout_seconds
-    while temporary.exists():
+    while temporary.exists() and not was_given_up(temporary):
         if time.monotonic() > deadline:
             raise UnfinishedCheckpointError(f"rank 0 did not complete {final.name} within {timeout_seconds:g} s")
         time.sleep(POLL_SECONDS)
     return (final / MANIFEST).exists()
 
 
-def give_up(temporary: Path) -> None:
+def give_up(temporary: Path, world_size: int = 1) -> None:
     """Rank 0: remove what was written of a checkpoint that will not be whole.
 
-    It loses its name first: a rank that is still writing then fails, and the folder is gone for those that wait for it.
+    It loses its name first: a rank that is still writing then fails. For ranks that come later, and would make the
+    folder anew, an empty one stays under the other name until the next save.
     """
-    nameless = temporary.with_name(f"{temporary.name.removesuffix('.tmp')}.given-up.tmp")
+    nameless = _given_up(temporary)
     with suppress(OSError):
         temporary.rename(nameless)
     shutil.rmtree(nameless, ignore_errors=True)
+    if world_size > 1:
+        with suppress(OSError):
+            nameless.mkdir()
+
+
+def was_given_up(temporary: Path) -> bool:
+    """Whether rank 0 has removed this attempt."""
+    return _given_up(temporary).exists()
+
+
+def _given_up(temporary: Path) -> Path:
+    return temporary.with_name(f"{temporary.name.removesuffix('.tmp')}.given-up.tmp")

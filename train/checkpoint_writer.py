@@ -201,7 +201,7 @@ class CheckpointWriter:
 
     def _abandon(self, attempt: Attempt, error: BaseException) -> None:
         if self.place.rank == 0:
-            give_up(attempt.temporary)
+            give_up(attempt.temporary, self.place.world_size)
             return
         with suppress(OSError):  # so that rank 0 need not wait, if the disk takes this and rank 0 has not given up
             write_rank_record(attempt.temporary, self.place.rank, {"error": str(error)})
